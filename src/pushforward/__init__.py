@@ -1,0 +1,1 @@
+"""pushforward: Bayesian inverse problems and data assimilation for plain NumPyro models."""

@@ -1,0 +1,155 @@
+"""Files of this library: arrays and a versioned JSON header in one `.npz`, never pickle."""
+
+import json
+import os
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pushforward._errors import ArgumentError, CheckpointError
+
+FORMAT = 1
+_HEADER = "header"
+
+
+def _write(path: Path, header: dict[str, Any], arrays: list[np.ndarray]) -> None:
+    """Write to a temporary file and rename, so that an interrupted write destroys nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = np.frombuffer(json.dumps(header | {"format": FORMAT}).encode(), np.uint8)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **{_HEADER: text}, **{f"array_{i}": a for i, a in enumerate(arrays)})
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(bytes(file[_HEADER]).decode())
+            arrays = [file[f"array_{i}"] for i in range(len(file.files) - 1)]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(f"{path} is not a file of pushforward, or is damaged: {error}") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}.")
+    return header, arrays
+
+
+def _to_numpy(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def _like(array: np.ndarray, leaf: Any) -> Any:
+    if jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+    return jnp.asarray(array, leaf.dtype)
+
+
+def write_checkpoint(path: Path, identity: str, step: int, state: Any) -> None:
+    """Write a run's state after `step` steps; `identity` says which run it belongs to."""
+    arrays = [_to_numpy(leaf) for leaf in jax.tree.leaves(state)]
+    _write(path, {"kind": "checkpoint", "identity": identity, "step": int(step)}, arrays)
+
+
+def read_checkpoint(path: Path, identity: str, like: Any) -> tuple[int, Any]:
+    """Return the step and state of a checkpoint, shaped like `like`."""
+    header, arrays = _read(path)
+    leaves, tree = jax.tree.flatten(like)
+    if header.get("kind") != "checkpoint" or header.get("identity") != identity:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another run: model, data, method, options, key and draws must be the "
+            "same. Delete it to start anew, or give checkpoint= another path."
+        )
+    if [a.shape for a in arrays] != [_to_numpy(leaf).shape for leaf in leaves]:
+        raise CheckpointError(f"the checkpoint {path} was written by another version. Delete it to start anew.")
+    return header["step"], jax.tree.unflatten(tree, [_like(a, leaf) for a, leaf in zip(arrays, leaves, strict=True)])
+
+
+def save(path: str | os.PathLike, method: eqx.Module) -> None:
+    """Write a method, trained or not, to a file that `load` reads.
+
+    Args:
+        path: file to write; its folder is made if need be.
+        method: an instance of one of this library's methods.
+
+    Raises:
+        ArgumentError: `method` is something else; a result is written with `tree.to_netcdf(path)`.
+
+    Example:
+        >>> import pushforward as pf, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "nuts.pf"
+        >>> pf.save(path, pf.NUTS(chains=2))
+        >>> pf.load(path).chains
+        2
+    """
+    if not isinstance(method, eqx.Module) or not _is_ours(type(method)):
+        raise ArgumentError(
+            f"pf.save writes methods of pushforward; got {type(method).__name__}. "
+            "A result is written with tree.to_netcdf('result.nc')."
+        )
+    arrays: list[np.ndarray] = []
+    _write(Path(path), {"kind": "method", "value": _encode(method, arrays)}, arrays)
+
+
+def load(path: str | os.PathLike) -> Any:
+    """Read a method that `save` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    header, arrays = _read(Path(path))
+    if header.get("kind") != "method":
+        raise CheckpointError(f"{path} holds a {header.get('kind')}, not a method. Pass it to infer(checkpoint=...).")
+    return _decode(header["value"], arrays)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _encode(value: Any, arrays: list[np.ndarray]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_encode(v, arrays) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[k, _encode(v, arrays)] for k, v in value.items()]}
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        arrays.append(_to_numpy(value))
+        return {"array": len(arrays) - 1}
+    if isinstance(value, eqx.Module) and _is_ours(type(value)):
+        fields = {name: _encode(getattr(value, name), arrays) for name in value.__dataclass_fields__}
+        return {"class": [type(value).__module__, type(value).__qualname__], "fields": fields}
+    raise ArgumentError(f"pf.save cannot write a field of type {type(value).__name__}.")
+
+
+def _decode(value: Any, arrays: list[np.ndarray]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "list" in value:
+        return [_decode(v, arrays) for v in value["list"]]
+    if "tuple" in value:
+        return tuple(_decode(v, arrays) for v in value["tuple"])
+    if "dict" in value:
+        return {k: _decode(v, arrays) for k, v in value["dict"]}
+    if "array" in value:
+        return jnp.asarray(arrays[value["array"]])
+    module, name = value["class"]
+    kind = getattr(import_module(module), name, None) if module.startswith("pushforward.") else None
+    if not (isinstance(kind, type) and issubclass(kind, eqx.Module)):
+        raise CheckpointError(f"the file names {module}.{name}, which this version of pushforward does not have.")
+    made = object.__new__(kind)
+    for field, content in value["fields"].items():
+        object.__setattr__(made, field, _decode(content, arrays))
+    return made

@@ -1,0 +1,256 @@
+"""Reading a model once: its sites, their roles and shapes, and where each lives in `z`."""
+
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import biject_to
+
+from pushforward._errors import ArgumentError, DataError, ModelError
+from pushforward._types import Array, Model
+from pushforward.model import _trace, coordinates
+from pushforward.model._arguments import Arguments, split
+from pushforward.model._fingerprint import fingerprint
+from pushforward.model._missing import missing_kind
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+_CACHE_SIZE = 128
+_structures: "OrderedDict[Any, Structure]" = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Site:
+    """What was read about one site. `dims` names its axes where plates or a `scan` do."""
+
+    name: str
+    role: str
+    distribution: str
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...]
+    coordinates: str = ""
+    exact: bool = True
+    support: Any = None
+    event_dim: int = 0
+    missing: str = "elements"
+
+
+@dataclass(eq=False)
+class Structure:
+    """The static part of a problem, one object per model, argument shapes and contents.
+
+    It is compared by identity: the cache returns the same object for equal content, so compiled
+    functions are found again.
+    """
+
+    model: Model
+    arguments: Arguments
+    sites: dict[str, Site] = field(default_factory=dict)
+    slots: dict[str, _trace.Slot] = field(default_factory=dict)
+    data: frozenset[str] = frozenset()
+    signature: Any = None
+    passed_through: dict[str, int] | None = None
+
+    @property
+    def dimension(self) -> int:
+        """Length of `z`."""
+        return sum(slot.size for slot in self.slots.values())
+
+    def call(self, arrays: tuple[Array, ...]) -> _trace.Call:
+        """The model with its arguments bound."""
+        args, kwargs = self.arguments.rebuild(arrays)
+        return lambda: self.model(*args, **kwargs)
+
+
+def read(model: Model, args: tuple, kwargs: dict, observed: tuple[str, ...] | None) -> tuple[Structure, tuple]:
+    """Return the structure of a model, read or remembered, and its traced arrays."""
+    named = _check_names(observed)
+    content = fingerprint(model)
+    precision = jnp.zeros(()).dtype.name
+    for constant in (False, True):
+        arguments = split(args, kwargs, constant=constant)
+        cache_key = (content, arguments.static, named, precision)
+        if cache_key in _structures:
+            _structures.move_to_end(cache_key)
+            return _structures[cache_key], arguments.arrays
+        structure = Structure(model, arguments)
+        try:
+            _fill(structure, arguments.arrays, named)
+        except _NEEDS_VALUES as error:
+            if constant or not arguments.arrays:
+                raise ModelError(
+                    "the model's Python code branches on, or takes the length of, a value that depends on a latent "
+                    "site. Write the branch with jax.numpy.where or jax.lax.cond. JAX said: "
+                    + str(error).splitlines()[0]
+                ) from error
+            continue
+        if constant and any(hasattr(x, "shape") for x in jax.tree.leaves((args, kwargs))):
+            warnings.warn(
+                "the model needs concrete arrays (it branches on data), so it is compiled with its data as "
+                "constants and again for every new data set. Use jax.numpy.where, or pass sizes as Python integers.",
+                UserWarning,
+                stacklevel=4,
+            )
+        _structures[cache_key] = structure
+        if len(_structures) > _CACHE_SIZE:
+            _structures.popitem(last=False)
+        return structure, arguments.arrays
+    raise AssertionError("unreachable")
+
+
+def _check_names(observed: Any) -> tuple[str, ...]:
+    names = (observed,) if isinstance(observed, str) else tuple(observed or ())
+    wrong = [n for n in names if not isinstance(n, str)]
+    if wrong:
+        raise ArgumentError(f"observed= takes names of sites such as ('y',); got {wrong[0]!r}.")
+    return names
+
+
+def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
+    """Trace the model twice without computing, and keep what the first said."""
+    first, jaxpr, names = _inspect(structure, arrays, named)
+    second, _, _ = _inspect(structure, arrays, named)
+    if [(s.name, s.role, s.shape) for s in first] != [(s.name, s.role, s.shape) for s in second]:
+        changed = sorted({s.name for s in first} ^ {s.name for s in second}) or [
+            a.name for a, b in zip(first, second, strict=True) if a != b
+        ]
+        raise ModelError(
+            f"the model changes from run to run: sites {changed} differ between two runs. Draw random numbers with "
+            "numpyro.sample, and keep no state outside the model."
+        )
+    structure.sites = {site.name: site for site in first}
+    missing = [n for n in named if n not in structure.sites]
+    if missing:
+        raise DataError(f"observed= names {missing[0]!r}, but the model has the sites {list(structure.sites)}.")
+    structure.data = frozenset(s.name for s in first if s.role == "data")
+    inputs = {id(v): i for i, v in enumerate(jaxpr.jaxpr.invars)}
+    direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars]
+    if all(index is not None for index in direct):
+        structure.passed_through = dict(zip(names, direct, strict=True))
+
+
+def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tuple[list[Site], Any, list[str]]:
+    """Run the model on abstract values with z = 0, and record each site."""
+    bodies: dict[str, dict[str, Any]] = {}
+    sites: list[Site] = []
+    names: list[str] = []
+
+    def assign(site: dict) -> Array | None:
+        if site["type"] != "sample" or site["is_observed"]:
+            return None
+        if site["name"] in named:
+            return jnp.zeros(_trace.site_law(site).shape())
+        return _record(site, bodies)
+
+    def body(values: tuple) -> dict[str, Array]:
+        trace = _trace.run(structure.call(values), assign, fill_missing=False)
+        for site in trace.values():
+            reason = _trace.unsupported(site)
+            if reason:
+                raise ModelError(reason)
+        kept = [s for s in trace.values() if _is_site(s)]
+        sites.extend(_describe(s, bodies.get(s["name"]), named) for s in kept)
+        if not structure.slots:
+            structure.slots = _layout(kept, bodies)
+        given = [s for s in kept if s["type"] == "sample" and s["is_observed"] and not _is_factor(s)]
+        names.extend(s["name"] for s in given)
+        return [s["value"] for s in given]
+
+    jaxpr = jax.make_jaxpr(body)(arrays)
+    return sites, jaxpr, names
+
+
+def _is_site(site: dict) -> bool:
+    return site["type"] in ("sample", "deterministic") and not site["name"].startswith(_trace._CORRECTION)
+
+
+def _is_factor(site: dict) -> bool:
+    return site["type"] == "sample" and isinstance(site["fn"], dist.Unit)
+
+
+def _record(site: dict, bodies: dict[str, dict[str, Any]]) -> Array:
+    """Note a latent site as seen where it is sampled (inside the body of a scan: one step of it)."""
+    name = site["name"]
+    _trace.check_latent(site)
+    law = _trace.site_law(site)
+    try:
+        noise_shape = tuple(coordinates.noise_shape(law))
+        value = coordinates.push(law, jnp.zeros(noise_shape))
+        unconstrained = tuple(biject_to(law.support).inverse_shape(law.shape()))
+    except (TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"latent site '{name}' ({type(law).__name__}) has no map from noise: {error} "
+            "Give it a proper continuous distribution."
+        ) from error
+    bodies[name] = {
+        "noise_shape": noise_shape,
+        "unconstrained": unconstrained,
+        "in_scan": "_scan_current_index" in site["infer"],
+        "map": coordinates.describe_map(law),
+        "exact": coordinates.is_exact(law),
+        "shape": tuple(law.shape()),
+    }
+    return value
+
+
+def _layout(kept: list[dict], bodies: dict[str, dict[str, Any]]) -> dict[str, _trace.Slot]:
+    slots, offset = {}, 0
+    for site in kept:
+        body = bodies.get(site["name"])
+        if body is None or site["is_observed"]:
+            continue
+        steps = jnp.shape(site["value"])[0] if body["in_scan"] else None
+        slot = _trace.Slot(site["name"], body["noise_shape"], body["unconstrained"], steps, offset)
+        slots[slot.name] = slot
+        offset += slot.size
+    return slots
+
+
+def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -> Site:
+    name, shape = site["name"], tuple(jnp.shape(site["value"]))
+    if site["type"] == "deterministic":
+        return Site(name, "data" if name in named else "deterministic", "", shape, (None,) * len(shape))
+    law = site["fn"]
+    kind = type(_innermost(law)).__name__
+    if _is_factor(site):
+        return Site(name, "factor", "factor", shape, (None,) * len(shape))
+    in_scan = bool(site.get("_control_flow_done"))
+    dims = _dims(site, shape, in_scan)
+    if site["is_observed"] or name in named:
+        return Site(name, "data", kind, shape, dims, "", True, _concrete(law.support), law.event_dim, missing_kind(law))
+    if body is not None and in_scan and isinstance(law, dist.MaskedDistribution):
+        _trace.check_latent(site)
+    details = body or {"map": "", "exact": True}
+    return Site(name, "parameter", kind, shape, dims, details["map"], details["exact"], None, law.event_dim)
+
+
+def _concrete(support: Any) -> Any:
+    """The support if it does not depend on other sites or arguments, else None."""
+    return None if any(isinstance(x, jax.Array) for x in jax.tree.leaves(support)) else support
+
+
+def _innermost(law: dist.Distribution) -> dist.Distribution:
+    while isinstance(law, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _dims(site: dict, shape: tuple[int, ...], in_scan: bool) -> tuple[str | None, ...]:
+    """Names of axes: plates by NumPyro's negative batch dimensions, and time in a scan."""
+    names: list[str | None] = [None] * len(shape)
+    for frame in site["cond_indep_stack"]:
+        axis = len(shape) + frame.dim - site["fn"].event_dim
+        if 0 <= axis < len(shape) and shape[axis] == frame.size:
+            names[axis] = frame.name
+    if in_scan and shape:
+        names[0] = "time"
+    return tuple(names)

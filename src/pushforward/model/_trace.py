@@ -1,0 +1,307 @@
+"""The only file that touches NumPyro's messengers, messages and `scan`.
+
+A model is run with an *assignment*: a function that gives each latent site its value, from noise
+`z`, from NumPyro's unconstrained coordinates or from values themselves. Assignments ride on
+`numpyro.handlers.substitute`, which NumPyro carries into the body of a `scan`; there the site knows
+its step through `infer["_scan_current_index"]`. That key has no public specification:
+`tests/test_trace.py` fails loudly when it changes.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.ops.provenance import eval_provenance
+
+from pushforward._errors import ModelError
+from pushforward._types import Array
+from pushforward.model import coordinates
+from pushforward.model._missing import without_missing
+
+Call = Callable[[], Any]
+Assign = Callable[[dict], Array | None]
+
+_CORRECTION = "_pushforward_correction_"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a latent site lives in the flat vector `z` and in unconstrained coordinates."""
+
+    name: str
+    noise_shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...]
+    steps: int | None
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the site's noise, with the time axis of its `scan` first."""
+        return self.noise_shape if self.steps is None else (self.steps, *self.noise_shape)
+
+    @property
+    def size(self) -> int:
+        """Number of noise coordinates of the site."""
+        return math.prod(self.shape)
+
+
+class Evaluation(eqx.Module):
+    """What one run of a model with all latent sites given says.
+
+    Attributes:
+        sites: values of the latent sites.
+        deterministics: values of the deterministic sites.
+        data: values of the observed sites, simulated ones included.
+        log_prior: per latent site, its log density in the user's coordinates, element by element.
+        log_likelihood: per observed site, its log density, element by element; 0 where data are missing.
+        correction: sum of `numpyro.factor` terms, of scaled priors and of what inexact prior maps owe.
+    """
+
+    sites: dict[str, Array]
+    deterministics: dict[str, Array]
+    data: dict[str, Array]
+    log_prior: dict[str, Array]
+    log_likelihood: dict[str, Array]
+    correction: Array
+
+    @property
+    def total_log_likelihood(self) -> Array:
+        """Sum over everything but the prior N(0, I) of `z`."""
+        return sum((jnp.sum(v) for v in self.log_likelihood.values()), start=self.correction)
+
+
+def evaluate(call: Call, assign: Assign, *, fill_missing: bool = True) -> Evaluation:
+    """Run the model once, each latent site set by `assign`, and collect values and densities."""
+    trace = run(call, assign, fill_missing=fill_missing)
+    parts: dict[str, dict[str, Array]] = {k: {} for k in ("sites", "values", "data", "prior", "likelihood")}
+    correction = jnp.zeros(())
+    for name, site in trace.items():
+        if site["type"] == "deterministic":
+            parts["values"][name] = site["value"]
+        if site["type"] != "sample":
+            continue
+        density = _log_prob(site)
+        if not site["is_observed"]:
+            parts["sites"][name], parts["prior"][name] = site["value"], density
+            if site["scale"] is not None:
+                correction += jnp.sum((1 - 1 / site["scale"]) * density)
+        elif isinstance(site["fn"], dist.Unit):
+            correction += jnp.sum(density)
+        else:
+            parts["data"][name], parts["likelihood"][name] = site["value"], density
+    return Evaluation(*parts.values(), correction)
+
+
+def run(call: Call, assign: Assign, *, fill_missing: bool = True) -> "OrderedDict[str, dict]":
+    """Trace of the model with values set by `assign`, missing data filled and masked."""
+    prepared = _Prepared(call, fill_missing)
+    with handlers.trace() as trace:
+        handlers.substitute(prepared, substitute_fn=assign)()
+    return trace
+
+
+def _log_prob(site: dict) -> Array:
+    intermediates = site["intermediates"]
+    extra = (intermediates,) if intermediates else ()
+    density = site["fn"].log_prob(site["value"], *extra)
+    return density if site["scale"] is None else site["scale"] * density
+
+
+class _Prepared(numpyro.primitives.Messenger):
+    """Fills missing data, and gives the imputed part of an `obs_mask` site its whole prior.
+
+    `obs_mask` splits a site into `<name>_observed` and `<name>_unobserved`, the second with the
+    observed elements masked; their prior would be improper although nothing depends on them.
+    """
+
+    def __init__(self, fn: Call, fill_missing: bool = True):
+        super().__init__(fn)
+        self.fill_missing = fill_missing
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] != "sample":
+            return
+        fn, value = msg["fn"], msg["value"]
+        if not msg["is_observed"]:
+            if msg["name"].endswith("_unobserved") and isinstance(fn, dist.MaskedDistribution):
+                msg["fn"] = fn.base_dist
+        elif self.fill_missing and not isinstance(fn, dist.Unit) and _is_float(value):
+            msg["fn"], msg["value"] = without_missing(fn, jnp.asarray(value))
+
+
+def _is_float(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+
+def site_law(site: dict) -> dist.Distribution:
+    """The distribution of a site with its `sample_shape` made part of the batch."""
+    fn, sample_shape = site["fn"], site["kwargs"].get("sample_shape", ())
+    return fn.expand(tuple(sample_shape) + tuple(fn.batch_shape)) if sample_shape else fn
+
+
+def _at_step(site: dict, series: Array, in_scan: bool) -> Array:
+    return series[site["infer"]["_scan_current_index"]] if in_scan else series
+
+
+def from_noise(slots: Mapping[str, Slot], z: Array) -> Assign:
+    """Latent sites as the pushforward of noise `z` of shape (d,)."""
+
+    def assign(site: dict) -> Array | None:
+        slot = slots.get(site["name"])
+        if slot is None or site["type"] != "sample":
+            return None
+        flat = jax.lax.slice_in_dim(z, slot.offset, slot.offset + slot.size)
+        noise = _at_step(site, flat.reshape(slot.shape), slot.steps is not None)
+        law = site_law(site)
+        value = coordinates.push(law, noise)
+        owed = coordinates.correction(law, noise, value)
+        if not (isinstance(owed, float) and owed == 0.0):
+            numpyro.factor(_CORRECTION + site["name"], owed)
+        return value
+
+    return assign
+
+
+def from_unconstrained(slots: Mapping[str, Slot], position: Mapping[str, Array]) -> Assign:
+    """Latent sites from NumPyro's unconstrained coordinates."""
+
+    def assign(site: dict) -> Array | None:
+        if site["type"] != "sample" or site["name"] not in slots:
+            return None
+        slot = slots[site["name"]]
+        value = _at_step(site, position[site["name"]], slot.steps is not None)
+        return biject_to(site["fn"].support)(value)
+
+    return assign
+
+
+def from_values(slots: Mapping[str, Slot], values: Mapping[str, Array]) -> Assign:
+    """Latent sites set to given values; sites without one are left to sample."""
+
+    def assign(site: dict) -> Array | None:
+        if site["type"] != "sample" or site["name"] not in values:
+            return None
+        in_scan = slots[site["name"]].steps is not None
+        return _at_step(site, values[site["name"]], in_scan)
+
+    return assign
+
+
+def simulating(assign: Assign, data: frozenset[str], key: Array) -> Assign:
+    """Like `assign`, with data and every site left open drawn from its distribution."""
+
+    def extended(site: dict) -> Array | None:
+        value = assign(site)
+        if value is not None or site["type"] != "sample" or isinstance(site["fn"], dist.Unit):
+            return value
+        if site["is_observed"] and site["name"] not in data:
+            return None
+        site_key = jax.random.fold_in(key, crc32(site["name"].encode()) & 0x7FFFFFFF)
+        step = site["infer"].get("_scan_current_index")
+        if step is not None:
+            site_key = jax.random.fold_in(site_key, step)
+        return _sample_like(site, site_key)
+
+    return extended
+
+
+def _sample_like(site: dict, key: Array) -> Array:
+    """A draw of the site, as large as its observed value where that is larger than the law."""
+    law = site_law(site)
+    if site["value"] is not None:
+        batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - law.event_dim]
+        batch = jnp.broadcast_shapes(batch, law.batch_shape)
+        law = law.expand(batch) if batch != tuple(law.batch_shape) else law
+    return law.sample(key)
+
+
+def potential(call: Call, position: Mapping[str, Array]) -> Array:
+    """NumPyro's own potential energy in its unconstrained coordinates, missing data dropped."""
+    return numpyro.infer.util.potential_energy(_Prepared(call), (), {}, position)
+
+
+def dependence(call: Call, slots: Mapping[str, Slot], z: Array, names: tuple[str, ...]) -> dict[str, set]:
+    """Which of the observed sites `names` each other site depends on, by data flow.
+
+    Args:
+        call: the model with its arguments bound.
+        slots: latent sites.
+        z: any point of noise space.
+        names: observed sites whose values are followed.
+    """
+    base = from_noise(slots, z)
+    observed = run(call, base, fill_missing=False)
+    values = {name: observed[name]["value"] for name in names}
+
+    def others(**data: Array) -> dict[str, list]:
+        def assign(site: dict) -> Array | None:
+            if site["name"] in data and site["type"] == "sample":
+                step = site["infer"].get("_scan_current_index")
+                return data[site["name"]] if step is None else data[site["name"]][step]
+            return base(site)
+
+        trace = run(call, assign, fill_missing=False)
+        return {n: _inputs(s) for n, s in trace.items() if s["type"] in ("sample", "deterministic")}
+
+    found = eval_provenance(others, **values)
+    return {n: set().union(*jax.tree.leaves(v, is_leaf=_is_frozen)) for n, v in found.items()}
+
+
+def _is_frozen(value: Any) -> bool:
+    return isinstance(value, frozenset)
+
+
+def _inputs(site: dict) -> list:
+    """The arrays that make the site's law (its value for a deterministic site)."""
+    if site["type"] == "deterministic":
+        return [site["value"]]
+    arrays = [leaf for leaf in jax.tree.leaves(site["fn"]) if eqx.is_array(leaf)]
+    return arrays if site["is_observed"] else [*arrays, site["value"]]
+
+
+def unsupported(site: dict) -> str | None:
+    """Why a message other than a sample or deterministic site cannot be read, or None."""
+    name, kind = site["name"], site["type"]
+    if kind == "param":
+        return (
+            f"site '{name}' is a numpyro.param, which has no prior. Give it one with "
+            f"numpyro.sample('{name}', ...), or fix it with "
+            f"numpyro.handlers.substitute(model, {{'{name}': value}})."
+        )
+    if kind == "plate" and site["args"][0] != site["args"][1]:
+        size, part = site["args"]
+        return (
+            f"plate '{name}' subsamples {part} of {size} rows; inference uses all data. "
+            "Drop subsample_size (batch_size= of a method bounds memory)."
+        )
+    if kind in ("mutable", "prng_key"):
+        return (
+            f"site '{name}' is numpyro.{kind}, so the model changes from run to run. "
+            "Make its value an argument of the model."
+        )
+    return None
+
+
+def check_latent(site: dict) -> None:
+    """Raise `ModelError` where a latent site has no continuous, proper law."""
+    name, law = site["name"], site["fn"]
+    if law.is_discrete:
+        raise ModelError(
+            f"latent site '{name}' ({type(law).__name__}) is discrete. Sum it out by hand "
+            "(numpyro.distributions.MixtureSameFamily), or observe it."
+        )
+    if isinstance(law, dist.MaskedDistribution) and law._mask is not True:
+        raise ModelError(
+            f"latent site '{name}' stands under numpyro.handlers.mask, which drops its prior where the "
+            "mask is False and so leaves it improper. Put the mask around the observed sites only."
+        )

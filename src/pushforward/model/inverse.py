@@ -1,0 +1,312 @@
+"""`InverseProblem`: a NumPyro model read as prior map, forward map and noise.
+
+The model is a program that turns independent N(0, 1) noise ``z`` into parameters ``theta = T(z)`` and
+predictions ``G(T(z))``. Everything a method needs is a function of ``z``.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from pushforward._errors import DataError
+from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
+from pushforward.model import _trace
+from pushforward.model._arguments import check_model
+from pushforward.model._reading import Site, Structure, read
+
+
+class InverseProblem(eqx.Module):
+    """A NumPyro model with its data, as functions of noise ``z ~ N(0, I)``.
+
+    Under `jit` the data are traced; the rest is one static object, so that data of equal shapes do
+    not recompile.
+
+    Attributes:
+        arrays: the model's array arguments.
+        structure: what was read: sites, roles, layout of ``z``.
+    """
+
+    arrays: tuple[Array, ...]
+    structure: Structure = eqx.field(static=True)
+
+    @property
+    def dimension(self) -> int:
+        """Length d of the noise vector."""
+        return self.structure.dimension
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Sites by name, in the order of the model."""
+        return self.structure.sites
+
+    @property
+    def exact_prior(self) -> bool:
+        """Whether the prior is exactly N(0, I) in ``z`` for every site."""
+        return all(site.exact for site in self.sites.values())
+
+    @property
+    def _call(self) -> _trace.Call:
+        return self.structure.call(self.arrays)
+
+    def evaluate(self, z: Noise) -> _trace.Evaluation:
+        """Sites, deterministics and densities at ``z``."""
+        return _trace.evaluate(self._call, _trace.from_noise(self.structure.slots, z))
+
+    def evaluate_unconstrained(self, position: SiteValues) -> _trace.Evaluation:
+        """The same at a point of NumPyro's unconstrained coordinates."""
+        return _trace.evaluate(self._call, _trace.from_unconstrained(self.structure.slots, position))
+
+    def evaluate_sites(self, values: SiteValues) -> _trace.Evaluation:
+        """The same at given values of the latent sites."""
+        return _trace.evaluate(self._call, _trace.from_values(self.structure.slots, values))
+
+    def constrain(self, z: Noise) -> dict[str, Array]:
+        """The prior map T: values of the latent sites at ``z``."""
+        return self.evaluate(z).sites
+
+    def log_prior(self, z: Noise) -> Array:
+        """log N(z; 0, I)."""
+        return -0.5 * jnp.sum(z**2) - 0.5 * z.size * jnp.log(2 * jnp.pi)
+
+    def log_likelihood(self, z: Noise) -> Array:
+        """log p(data | T(z)), with what inexact prior maps and `numpyro.factor` owe added."""
+        return self.evaluate(z).total_log_likelihood
+
+    def log_density(self, z: Noise) -> Array:
+        """log prior plus log likelihood in ``z``: the unnormalised log posterior."""
+        return self.log_prior(z) + self.log_likelihood(z)
+
+    def potential(self, position: SiteValues) -> Array:
+        """NumPyro's own potential energy, independent of our prior map."""
+        return _trace.potential(self._call, position)
+
+    def unconstrained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of NumPyro's unconstrained coordinates, by site."""
+        slots = self.structure.slots.values()
+        return {s.name: s.unconstrained_shape if s.steps is None else (s.steps, *s.unconstrained_shape) for s in slots}
+
+    def simulate(self, key: Key, n: int) -> tuple[dict[str, Array], dict[str, Array], Array]:
+        """Draw ``n`` times from prior and likelihood.
+
+        Args:
+            key: JAX key.
+            n: number of simulations.
+
+        Returns:
+            Latent sites, data (sites and deterministics that were named as data), and the noise of
+            shape (n, d), each with a leading axis of length ``n``.
+        """
+        noise_key, data_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (n, self.dimension))
+
+        def one(z: Array, key: Array) -> tuple[dict, dict]:
+            found = self.simulate_at(z, key)
+            named = {k: v for k, v in found.deterministics.items() if k in self.structure.data}
+            return found.sites, found.data | named
+
+        sites, data = jax.vmap(one)(noise, jax.random.split(data_key, n))
+        return sites, data, noise
+
+    def simulate_at(self, z: Noise, key: Key) -> _trace.Evaluation:
+        """Run the model at ``z`` with its data drawn anew."""
+        return self._simulating(_trace.from_noise(self.structure.slots, z), key)
+
+    def predict_at(self, values: SiteValues, key: Key) -> _trace.Evaluation:
+        """Run the model at given latent sites; data, and sites without a value, are drawn."""
+        return self._simulating(_trace.from_values(self.structure.slots, values), key)
+
+    def _simulating(self, assign: _trace.Assign, key: Key) -> _trace.Evaluation:
+        assign = _trace.simulating(assign, self.structure.data, key)
+        found = _trace.evaluate(self._call, assign, fill_missing=False)
+        late = {k: v for k, v in found.sites.items() if k in self.structure.data}
+        rest = {k: v for k, v in found.sites.items() if k not in late}
+        return eqx.tree_at(lambda e: (e.sites, e.data), found, (rest, found.data | late))
+
+    def observed_values(self) -> dict[str, Array]:
+        """Data as the model sees them, missing values included, by site."""
+        direct = self.structure.passed_through
+        if direct is not None:
+            return {name: self.arrays[index] for name, index in direct.items()}
+        return _observed(self)
+
+    def forward(self, z: Noise) -> "GaussianPrediction":
+        """Prediction and noise of the observed sites at ``z``, where the likelihood is Gaussian."""
+        trace = _trace.run(self._call, _trace.from_noise(self.structure.slots, z), fill_missing=False)
+        laws = {n: (s["fn"], s["value"]) for n, s in trace.items() if n in self.structure.data}
+        return GaussianPrediction(
+            {n: jnp.broadcast_to(_mean(law), jnp.shape(v)) for n, (law, v) in laws.items()},
+            {n: _noise(law, jnp.shape(v)) for n, (law, v) in laws.items()},
+            {n: v for n, (_, v) in laws.items()},
+        )
+
+    def why_not_gaussian(self) -> str | None:
+        """Why `forward` does not describe the likelihood, or None where it does."""
+        trace = eqx.filter_eval_shape(self._observed_laws)
+        for name, reason in trace.items():
+            if reason is not None:
+                return f"site '{name}' {reason}"
+        moving = _moving_noise(self)
+        if moving:
+            return (
+                f"the noise of site '{moving[0]}' depends on the latent sites {moving[1]}; "
+                "fix them, or use a method that samples its data"
+            )
+        return None
+
+    def _observed_laws(self) -> dict[str, str | None]:
+        z = jnp.zeros(self.dimension)
+        trace = _trace.run(self._call, _trace.from_noise(self.structure.slots, z), fill_missing=False)
+        found = {n: _gaussian_reason(s) for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+        return {n: r for n, r in found.items() if not n.startswith(_trace._CORRECTION)}
+
+
+class GaussianPrediction(eqx.Module):
+    """``data ~ N(mean, noise)`` by site: means, noise (standard deviations of the data's shape, or a
+    covariance with one more axis), and data."""
+
+    mean: dict[str, Float[Array, "..."]]
+    noise: dict[str, Float[Array, "..."]]
+    data: dict[str, Float[Array, "..."]]
+
+
+@eqx.filter_jit
+def _observed(problem: InverseProblem) -> dict[str, Array]:
+    z = jnp.zeros(problem.dimension)
+    trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z), fill_missing=False)
+    return {n: s["value"] for n, s in trace.items() if n in problem.structure.data and s.get("is_observed")}
+
+
+def _bare(law: dist.Distribution) -> dist.Distribution:
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _gaussian_reason(site: dict) -> str | None:
+    law = site["fn"]
+    if isinstance(law, dist.Unit):
+        return "is a numpyro.factor, which is no Gaussian observation"
+    if isinstance(law, dist.MaskedDistribution) or site["scale"] is not None:
+        return "stands under handlers.mask or handlers.scale; mark missing data by NaN instead"
+    if not isinstance(_bare(law), dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
+        return f"is {type(_bare(law)).__name__}, not Normal or MultivariateNormal"
+    return None
+
+
+def _mean(law: dist.Distribution) -> Array:
+    return jnp.broadcast_to(law.mean, law.shape())
+
+
+def _noise(law: dist.Distribution, shape: tuple[int, ...]) -> Array:
+    if isinstance(_bare(law), dist.Normal):
+        return jnp.broadcast_to(jnp.sqrt(law.variance), shape)
+    covariance = _bare(law).covariance_matrix
+    return jnp.broadcast_to(covariance, (*shape, shape[-1]))
+
+
+def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:
+    """The first data site whose noise depends on latent sites, with their names, by data flow."""
+    slots = problem.structure.slots
+    zeros = {n: jnp.zeros(s.shape) for n, s in slots.items()}
+
+    def noise(**pieces: Array) -> dict[str, Array]:
+        z = jnp.concatenate([jnp.ravel(pieces[n]) for n in slots]) if slots else jnp.zeros(0)
+        return problem.forward(z).noise
+
+    found = _trace.eval_provenance(noise, **zeros)
+    for name, sources in found.items():
+        if sources:
+            return name, sorted(sources)
+    return None
+
+
+def read_problem(
+    model: Model, args: tuple = (), kwargs: dict[str, Any] | None = None, observed: tuple[str, ...] | None = None
+) -> InverseProblem:
+    """Read a NumPyro model called with `args` and `kwargs`.
+
+    Args:
+        model: a NumPyro model without discrete latent sites.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        observed: names of data sites, for models that are called without their data.
+
+    Raises:
+        ArgumentError: the call does not bind.
+        ModelError: a site cannot be read; the text names it and the way out.
+    """
+    kwargs = kwargs or {}
+    check_model(model, args, kwargs)
+    structure, arrays = read(model, args, kwargs, observed)
+    return InverseProblem(arrays, structure)
+
+
+def check_data(problem: InverseProblem) -> list[str]:
+    """Refuse unusable data at the door; return warnings.
+
+    Raises:
+        DataError: infinite values, nothing but NaN, an event missing in part, values outside the
+            support, or a missing value that another site depends on.
+    """
+    notes, missing = [], []
+    for name, value in problem.observed_values().items():
+        array, site = np.asarray(value), problem.sites[name]
+        if array.dtype.kind != "f":
+            _check_support(site, array, np.ones(array.shape, bool))
+            continue
+        if np.isinf(array).any():
+            where = tuple(int(i) for i in np.argwhere(np.isinf(array))[0])
+            raise DataError(f"data '{name}' are infinite at index {where}. Correct them, or write NaN for missing.")
+        absent = np.isnan(array)
+        if array.size and absent.all():
+            raise DataError(f"data '{name}' are all NaN, which means missing: there is nothing to infer from.")
+        if absent.any():
+            missing.append(name)
+            _check_events(site, absent)
+            notes.append(f"{int(absent.sum())} of {array.size} values of '{name}' are NaN and count as missing.")
+        _check_support(site, array, ~absent)
+    if missing:
+        _check_dependents(problem, tuple(missing))
+    return notes
+
+
+def _check_events(site: Site, absent: np.ndarray) -> None:
+    if site.missing == "elements":
+        return
+    axes = tuple(range(absent.ndim - site.event_dim, absent.ndim))
+    if (absent.any(axes) & ~absent.all(axes)).any():
+        raise DataError(
+            f"data '{site.name}' ({site.distribution}) are missing in part within an event, which this distribution "
+            "cannot leave out. Mark the whole event as NaN, or use a factorised distribution or MultivariateNormal."
+        )
+
+
+def _check_support(site: Site, array: np.ndarray, present: np.ndarray) -> None:
+    if site.support is None or array.size == 0:
+        return
+    filled = array if present.all() else np.where(present, array, array[present].flat[0])
+    try:
+        inside = np.asarray(site.support(filled))
+    except (TypeError, ValueError, NotImplementedError):
+        return
+    if not inside.all():
+        raise DataError(
+            f"data '{site.name}' have values outside the support of {site.distribution} "
+            f"({type(site.support).__name__.strip('_')}): {int((~inside).sum())} of {inside.size}. Correct them, "
+            "write NaN for missing, or choose another distribution."
+        )
+
+
+def _check_dependents(problem: InverseProblem, names: tuple[str, ...]) -> None:
+    z = jnp.zeros(problem.dimension)
+    found = _trace.dependence(problem._call, problem.structure.slots, z, names)
+    for other, sources in found.items():
+        for name in sources & set(names) - {other}:
+            raise DataError(
+                f"data '{name}' have missing values, and site '{other}' depends on '{name}'. Impute them: "
+                f"numpyro.sample('{name}', ..., obs={name}, obs_mask=~jnp.isnan({name}))."
+            )

@@ -1,0 +1,39 @@
+"""Benchmark problems: each is a short file with a NumPyro model, data, their source and known numbers.
+
+>>> from pushforward.problems import bod
+>>> bod.DATA.shape
+(5,)
+>>> from pushforward.problems import problem
+>>> problem("eight_schools").data["y"].shape
+(8,)
+"""
+
+from pushforward.problems import bod, eight_schools, linear_gaussian, lynx_hare
+from pushforward.problems._problem import Problem
+
+__all__ = ["NAMES", "Problem", "bod", "eight_schools", "linear_gaussian", "lynx_hare", "problem"]
+
+_BUILDERS = {
+    "linear_gaussian_2": lambda: linear_gaussian.linear_gaussian(2),
+    "linear_gaussian_20": lambda: linear_gaussian.linear_gaussian(20),
+    "linear_gaussian_200": lambda: linear_gaussian.linear_gaussian(200),
+    "bod": lambda: bod.PROBLEM,
+    "eight_schools": lambda: eight_schools.PROBLEM,
+    "lynx_hare": lambda: lynx_hare.PROBLEM,
+}
+
+NAMES = tuple(_BUILDERS)
+
+
+def problem(name: str) -> Problem:
+    """The benchmark problem called `name`.
+
+    Args:
+        name: one of `pushforward.problems.NAMES`.
+
+    Raises:
+        ValueError: no problem has that name.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"no problem is called {name!r}; the names are {', '.join(NAMES)}")
+    return _BUILDERS[name]()
