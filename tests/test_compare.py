@@ -26,8 +26,8 @@ COLUMNS = [
     "energy_distance",
     "energy_distance_floor",
     "c2st",
-    "c2st_se",
     "c2st_floor",
+    "c2st_se",
     "log_evidence",
     "log_evidence_se",
     "evaluations",
@@ -94,8 +94,8 @@ def test_moment_floors_compare_halves_of_the_reference_at_the_sizes_of_the_score
 
 
 def test_joint_columns_stay_at_the_floor_for_the_same_law_only():
-    # Over 200 keys an exact method's
-    # energy and sliced Wasserstein distance exceeded 2 floors in none (mean 1.03), and the wrong one's 3.7 floors in all.
+    # Over 200 keys the energy and sliced Wasserstein distance of an exact method exceeded 2 floors in none (mean
+    # 1.03), and those of the wrong one 3.7 floors in all.
     reference = tree({"a": normals(4, 4, 500, 3)})
     wrong = tree({"a": 1.5 * normals(5, 4, 500, 3) + 0.3})
     table = compare({"same": tree({"a": normals(6, 4, 500, 3)}), "wrong": wrong}, reference)

@@ -24,7 +24,7 @@ def printed(value, digits):
 def log_joint(model, inputs, data, sites):
     """NumPyro's log density in float64."""
     with jax.enable_x64(True):
-        arguments = {name: jnp.asarray(value) for name, value in {**inputs, **data}.items()}
+        arguments = {name: jnp.asarray(np.array(value)) for name, value in {**inputs, **data}.items()}
         return float(jax.jit(lambda sites, arguments: log_density(model, (), arguments, sites)[0])(sites, arguments))
 
 
@@ -288,8 +288,8 @@ def test_eight_schools_numbers():
 def test_eight_schools_evidence_by_quadrature_of_the_model():
     # Integrate theta out by hand in scipy, mu and tau on a grid: another road to the same evidence.
     y, sigma = eight_schools.DATA, eight_schools.SIGMA
-    mu = np.linspace(-40, 40, 801)[:, None, None]
-    v = (np.arange(4000) + 0.5) / 4000
+    mu = np.linspace(-35, 35, 281)[:, None, None]
+    v = (np.arange(2000) + 0.5) / 2000
     tau = 5 * np.tan(0.5 * np.pi * v)[:, None]
     log_p = stats.norm.logpdf(y, mu, np.hypot(sigma, tau)).sum(-1) + stats.norm.logpdf(mu[..., 0], 0, 5)
     evidence = np.exp(log_p).sum(0).mean() * (mu[1, 0, 0] - mu[0, 0, 0])
@@ -333,7 +333,16 @@ def lynx_hare_by_scipy(parameters, z_init):
 
 
 def solve(parameters, z_init):
-    return lynx_hare.log_populations(lynx_hare.TIMES, jnp.log(z_init), parameters)
+    # a copy, since JAX 0.12 remembers the dtype of a numpy constant from the first precision that it was traced in
+    return lynx_hare.log_populations(lynx_hare.TIMES.copy(), jnp.log(z_init), parameters)
+
+
+def test_lynx_hare_data_have_the_check_sums_of_their_source():
+    # sums, and sums weighted by year, of the columns of stan-dev/example-models' hudson-bay-lynx-hare.csv
+    assert lynx_hare.DATA.sum(0) == pytest.approx([715.7, 423.5], abs=1e-9)
+    weighted = lynx_hare.TIMES @ lynx_hare.DATA
+    assert weighted == pytest.approx([6122.8, 4182.4], abs=1e-9)
+    assert lynx_hare.YEARS[0] + lynx_hare.TIMES[-1] == lynx_hare.YEARS[-1] == 1920
 
 
 def test_lynx_hare_solution():

@@ -1,1 +1,32 @@
 """pushforward: Bayesian inverse problems and data assimilation for plain NumPyro models."""
+
+from pushforward._files import load, save
+from pushforward._infer import infer
+from pushforward.compare import compare, plot_compare
+from pushforward.describe import describe
+from pushforward.methods import NUTS, GaussianVI, Laplace, Pathfinder, PreconditionedCrankNicolson, TemperedSMC
+from pushforward.methods._covariance import Diagonal, Full, LowRank
+from pushforward.posterior import attributes
+from pushforward.predictive import add_log_likelihood, predict, prior
+
+__all__ = [
+    "NUTS",
+    "Diagonal",
+    "Full",
+    "GaussianVI",
+    "Laplace",
+    "LowRank",
+    "Pathfinder",
+    "PreconditionedCrankNicolson",
+    "TemperedSMC",
+    "add_log_likelihood",
+    "attributes",
+    "compare",
+    "describe",
+    "infer",
+    "load",
+    "plot_compare",
+    "predict",
+    "prior",
+    "save",
+]

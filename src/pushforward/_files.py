@@ -1,5 +1,6 @@
 """Files of this library: arrays and a versioned JSON header in one `.npz`, never pickle."""
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -129,7 +130,7 @@ def _encode(value: Any, arrays: list[np.ndarray]) -> Any:
         arrays.append(_to_numpy(value))
         return {"array": len(arrays) - 1}
     if isinstance(value, eqx.Module) and _is_ours(type(value)):
-        fields = {name: _encode(getattr(value, name), arrays) for name in value.__dataclass_fields__}
+        fields = {f.name: _encode(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}
         return {"class": [type(value).__module__, type(value).__qualname__], "fields": fields}
     raise ArgumentError(f"pf.save cannot write a field of type {type(value).__name__}.")
 

@@ -1,4 +1,15 @@
-"""Several results beside a reference: one table, one plot."""
+"""Several results beside a reference: one table, one plot.
+
+How floors are taken. The halves of the reference are every other chain and the rest, or the first and the second
+half of a single chain. Joint distances use at most `draws` draws of a tree and of the reference, evenly thinned, and
+never more than a half of the reference holds, so that floors are taken at the very sizes of the scores; floors of
+small ensembles are means over up to 5 disjoint subsets. Moments use all draws, and their floors are multiplied by
+`sqrt((1/n + 1/N) / (1/a + 1/b))`, with n draws of the tree, N of the reference, a and b of its halves.
+
+Draws count as independent: a tree whose chains mix worse than those of the reference scores above its floor. A
+tree identical to the reference scores the floors. `c2st` is NaN for trees with fewer than 10 draws. Beyond 256
+coordinates the joint distances use 256 evenly spaced ones, with a warning.
+"""
 
 import itertools
 import json
@@ -44,19 +55,11 @@ def compare(
     * `sliced_wasserstein` (order 1), `energy_distance`, `c2st` with its standard error `c2st_se`: distances of the
       joint laws, see `pushforward.metrics`, after both samples were standardised by mean and sd of the reference;
     * `..._floor` for each of the five: what one half of the reference scores against the other, that is, what an
-      exact method scores. A value well above its floor is an error of the method, a value near it is none;
+      exact method scores. A value well above its floor is an error of the method; one near it shows none;
     * `log_evidence`, `log_evidence_se`, `evaluations`, `gradient_evaluations`, `compile_seconds`, `run_seconds`:
       attributes of the tree, NaN where it has none.
 
-    The halves are every other chain and the rest, or the first and the second half of a single chain. Joint
-    distances use at most `draws` draws of a tree and of the reference, evenly thinned, and never more than a half of
-    the reference holds, so that floors are taken at the very sizes of the scores; floors of small ensembles are
-    means over up to 5 disjoint subsets. Moments use all draws, and their floors are multiplied by
-    `sqrt((1/n + 1/N) / (1/a + 1/b))`, with n draws of the tree, N of the reference, a and b of its halves.
-
-    Draws count as independent: a tree whose chains mix worse than those of the reference scores above its floor. A
-    tree identical to the reference scores the floors. `c2st` is NaN for trees with fewer than 10 draws. Beyond 256
-    coordinates the joint distances use 256 evenly spaced ones, with a warning.
+    Draws count as independent. The module's docstring says how halves and floors are taken.
 
     Args:
         trees: results by name, as `infer` returns them: group `posterior`, dims (chain, draw, ...).
@@ -86,23 +89,24 @@ def compare(
 
     exact, samples, labels = _read(trees, reference, var_names)
     judge = metrics.Judge(exact, draws=draws, projections=projections, key=key)
-    rows = {}
-    for name, sample in samples.items():
-        row = {}
-        errors, floors = judge.moment_errors(sample)
-        for column, error in errors.items():
-            row[column] = float(error.max())
-            row[f"{column}_variable"] = labels[error.argmax()]
-            row[f"{column}_floor"] = floors[column]
-        scores, floors = judge.joint_distances(sample)
-        for column in ("sliced_wasserstein", "energy_distance", "c2st"):
-            row[column] = scores[column]
-            if column == "c2st":
-                row["c2st_se"] = scores["c2st_se"]
-            row[f"{column}_floor"] = floors[column]
-        attributes = trees[name].attrs
-        rows[name] = row | {column: _number(attributes.get(column)) for column in ATTRIBUTES}
+    rows = {name: _row(judge, sample, labels, trees[name].attrs) for name, sample in samples.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _row(judge: metrics.Judge, sample: np.ndarray, labels: list[str], attributes: Mapping) -> dict[str, float | str]:
+    """One row of the table of `compare`."""
+    row = {}
+    errors, floors = judge.moment_errors(sample)
+    for column, error in errors.items():
+        row[column] = float(error.max())
+        row[f"{column}_variable"] = labels[error.argmax()]
+        row[f"{column}_floor"] = floors[column]
+    scores, floors = judge.joint_distances(sample)
+    for column, score in scores.items():
+        row[column] = score
+        if column != "c2st_se":
+            row[f"{column}_floor"] = floors[column]
+    return row | {column: _number(attributes.get(column)) for column in ATTRIBUTES}
 
 
 def _read(trees, reference, var_names) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:

@@ -6,8 +6,9 @@ For z > 0 the maps use the upper tail log Phi(-z), never 1 - Phi(z). Locations a
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.nn import log_sigmoid, softplus
 from jax.scipy.special import erf, log_ndtr, ndtr
@@ -16,9 +17,10 @@ from pushforward.math.beta_quantile import logit_beta_from_tails, logit_beta_tai
 from pushforward.math.special import (
     LOG_2,
     broadcast_float,
-    half_normal,
+    half_normal_from_tails,
     half_normal_score,
     log1mexp,
+    log_half_normal,
     log_tails,
     normal_score,
 )
@@ -54,27 +56,28 @@ def exponential_score(value: Array) -> Array:
 def cauchy(z: Array) -> Array:
     """Computes the Cauchy quantile tan(pi (p - 1/2)), as a tangent near the median and a cotangent beyond."""
     near = jnp.abs(z) < 1.0
-    centre = jnp.tan(0.5 * np.pi * erf(jnp.where(near, z, 0.0) / np.sqrt(2.0)))
-    far = 1.0 / jnp.tan(np.pi * small_tail(jnp.where(near, 1.0, z)))
+    centre = jnp.tan(0.5 * math.pi * erf(jnp.where(near, z, 0.0) / math.sqrt(2.0)))
+    far = 1.0 / jnp.tan(math.pi * small_tail(jnp.where(near, 1.0, z)))
     return jnp.where(near, centre, jnp.where(z <= 0, -far, far))
 
 
 def cauchy_score(value: Array) -> Array:
     """Computes z from a Cauchy quantile."""
-    lower, upper = (jnp.log(jnp.arctan2(jnp.ones_like(value), sign * value) / np.pi) for sign in (-1.0, 1.0))
+    lower, upper = (jnp.log(jnp.arctan2(jnp.ones_like(value), sign * value) / math.pi) for sign in (-1.0, 1.0))
     return normal_score(lower, upper)
 
 
 def half_cauchy(z: Array) -> Array:
     """Computes the quantile tan(pi p / 2) of |Cauchy|."""
-    angle = jnp.tan(0.5 * np.pi * small_tail(z))
+    angle = jnp.tan(0.5 * math.pi * small_tail(z))
     return jnp.where(z <= 0, angle, 1.0 / angle)
 
 
 def half_cauchy_score(value: Array) -> Array:
     """Computes z from a quantile of |Cauchy|."""
     one = jnp.ones_like(value)
-    return normal_score(jnp.log(jnp.arctan2(value, one) * (2 / np.pi)), jnp.log(jnp.arctan2(one, value) * (2 / np.pi)))
+    lower, upper = jnp.arctan2(value, one), jnp.arctan2(one, value)
+    return normal_score(jnp.log(lower * (2 / math.pi)), jnp.log(upper * (2 / math.pi)))
 
 
 def laplace(z: Array) -> Array:
@@ -122,13 +125,13 @@ def logistic_score(value: Array) -> Array:
 
 def soft_laplace(z: Array) -> Array:
     """Computes the quantile log tan(pi p / 2) of the hyperbolic secant law."""
-    tail = jnp.log(jnp.tan(0.5 * np.pi * small_tail(z)))
+    tail = jnp.log(jnp.tan(0.5 * math.pi * small_tail(z)))
     return jnp.where(z <= 0, tail, -tail)
 
 
 def soft_laplace_score(value: Array) -> Array:
     """Computes z from a quantile of the hyperbolic secant law."""
-    small = jnp.log(jnp.arctan(jnp.exp(-jnp.abs(value))) * (2 / np.pi))
+    small = jnp.log(jnp.arctan(jnp.exp(-jnp.abs(value))) * (2 / math.pi))
     large = jnp.log1p(-jnp.exp(small))
     below = value <= 0
     return normal_score(jnp.where(below, small, large), jnp.where(below, large, small))
@@ -174,7 +177,7 @@ def log_dagum_score(log_value: Array, concentration: Array, sharpness: Array) ->
 
 def levy(z: Array) -> Array:
     """Computes the Levy quantile: 1 / |N|^2 is Levy, so it is half_normal(-z)^-2."""
-    return half_normal(-z) ** -2
+    return jnp.exp(-2.0 * log_half_normal(-z))
 
 
 def levy_score(value: Array) -> Array:
@@ -220,43 +223,28 @@ def student_t(z: Array, df: Array) -> Array:
     r"""Computes the quantile of Student's t with `df` degrees of freedom.
 
     nu / (nu + t^2) is Beta(nu / 2, 1 / 2) with lower tail 2 Phi(-|z|) and upper tail erf(|z| / sqrt 2). Near the
-    median, where that logit diverges, T = c z + c ((nu + 1) c^2 / nu - 1) z^3 / 6 + O(z^5) from T' = phi(z) / f(T),
-    with c = phi(0) / f(0) = sqrt(nu / 2) B(nu / 2, 1 / 2) / sqrt(pi).
+    median that logit diverges. There T = c z (1 + k z^2) + O(z^5) with k = ((nu + 1) c^2 / nu - 1) / 6, from
+    T' = phi(z) / f(T), and c follows from the value at the edge of that neighbourhood.
     """
     z, df = broadcast_float(z, df)
-    cut = 1e-3 if jnp.finfo(z.dtype).bits == 64 else 1e-2
-    near = jnp.abs(z) < cut
-    size = jnp.where(near, 1.0, jnp.abs(z))
-    tail, centre = LOG_2 + log_ndtr(-size), jnp.log(erf(size / np.sqrt(2.0)))
+    edge = 1e-3 if jnp.finfo(z.dtype).bits == 64 else 1e-2
+    near = jnp.abs(z) < edge
+    size = jnp.where(near, edge, jnp.where(z <= 0, -z, z))
+    tail, centre = LOG_2 + log_ndtr(-size), jnp.log(erf(size / math.sqrt(2.0)))
     half = 0.5 * df
     logit = logit_beta_from_tails(tail, centre, half, jnp.full_like(half, 0.5))
     far = jnp.sqrt(df) * jnp.exp(-0.5 * logit)
-    slope = jnp.exp(0.5 * jnp.log(half) + _log_gamma_half_ratio(half))
+    bend = ((df + 1.0) / df * (far / size) ** 2 - 1.0) / 6.0
     inner = jnp.where(near, z, 0.0)
-    cubic = slope * inner * (1.0 + inner**2 / 6.0 * ((df + 1.0) / df * slope**2 - 1.0))
-    return jnp.where(near, cubic, jnp.where(z <= 0, -far, far))
-
-
-def _log_gamma_half_ratio(half: Array) -> Array:
-    """Computes log Gamma(a) - log Gamma(a + 1/2)."""
-    from jax.scipy.special import gammaln
-
-    return gammaln(half) - gammaln(half + 0.5)
+    close = far * (inner / edge) * (1.0 + bend * (inner**2 - edge**2))
+    return jnp.where(near, close, jnp.where(z <= 0, -far, far))
 
 
 def student_t_score(value: Array, df: Array) -> Array:
     """Computes z from a Student t quantile."""
     value, df = broadcast_float(value, df)
-    tiny = jnp.abs(value) < 1e-9
-    size = jnp.where(tiny, 1.0, jnp.abs(value))
-    logit = jnp.log(df) - 2.0 * jnp.log(size)
-    tail, centre = logit_beta_tails(logit, 0.5 * df, jnp.full_like(df, 0.5))
-    score = jnp.where(tail < -1e-2, half_score_from_tails(tail, centre), jnp.exp(centre) * np.sqrt(np.pi / 2.0))
-    slope = jnp.exp(0.5 * jnp.log(0.5 * df) + _log_gamma_half_ratio(0.5 * df))
-    return jnp.where(tiny, value / slope, jnp.where(value <= 0, -score, score))
-
-
-def half_score_from_tails(upper: Array, lower: Array) -> Array:
-    """Computes z > 0 from log 2 Phi(-z) and log erf(z / sqrt 2)."""
-    del lower
-    return -normal_score(upper - LOG_2, jnp.log1p(-0.5 * jnp.exp(upper)))
+    middle = value == 0
+    size = jnp.where(middle, 1.0, jnp.where(value <= 0, -value, value))
+    tail, centre = logit_beta_tails(jnp.log(df) - 2.0 * jnp.log(size), 0.5 * df, jnp.full_like(df, 0.5))
+    score = half_normal_from_tails(centre, tail)
+    return jnp.where(middle, 0.0, jnp.where(value <= 0, -score, score))

@@ -8,16 +8,17 @@ from z = 5.6 on, while log Phi(-z) is accurate to z = 1e19.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.special import erf, erfinv, gammaln, log_ndtr, ndtr, ndtri
+from jax.scipy.special import erf, erfinv, gammaln, log_ndtr, ndtri
 from jax.typing import ArrayLike
 
-LOG_2 = float(np.log(2.0))
-HALF_LOG_2PI = float(0.5 * np.log(2.0 * np.pi))
+LOG_2 = math.log(2.0)
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def log1mexp(x: Array) -> Array:
@@ -58,7 +59,7 @@ def tail_score(log_tail: Array) -> Array:
     def step(_, y):
         inverse = 1.0 / y
         series = inverse * (-1.0 + inverse * (3.0 + inverse * (-15.0 + inverse * (105.0 - 945.0 * inverse))))
-        return power - jnp.log(2.0 * np.pi * y) + 2.0 * jnp.log1p(series)
+        return power - jnp.log(2.0 * math.pi * y) + 2.0 * jnp.log1p(series)
 
     far = jnp.sqrt(jax.lax.fori_loop(0, 6, step, power))
     return jnp.where(near, ndtri(jnp.exp(jnp.where(near, log_tail, -80.0))), -far)
@@ -91,17 +92,35 @@ def rough_score(lower: Array, upper: Array) -> Array:
     return jnp.where(left, -size, size)
 
 
+def half_normal_from_tails(lower: Array, upper: Array) -> Array:
+    """Computes the |N(0, 1)| quantile with log tail probabilities log p and log(1 - p)."""
+    left = lower <= upper
+    centre = math.sqrt(2.0) * erfinv(jnp.exp(jnp.where(left, lower, -LOG_2)))
+    return jnp.where(left, centre, -tail_score(jnp.where(left, -LOG_2, upper) - LOG_2))
+
+
 def half_normal(z: Array) -> Array:
     """Computes the quantile of |N(0, 1)| at probability Phi(z): Phi^-1((1 + Phi(z)) / 2)."""
-    left = z <= 0
-    centre = np.sqrt(2.0) * erfinv(ndtr(jnp.where(left, z, 0.0)))
-    return jnp.where(left, centre, -tail_score(log_ndtr(jnp.where(left, 0.0, -z)) - LOG_2))
+    small = log_ndtr(jnp.where(z <= 0, z, -z))
+    return half_normal_from_tails(jnp.where(z <= 0, small, 0.0), jnp.where(z <= 0, 0.0, small))
+
+
+@jax.custom_jvp
+def log_half_normal(z: Array) -> Array:
+    """Computes log `half_normal`(z), with the derivative in log space, where it cannot overflow."""
+    return jnp.log(half_normal(z))
+
+
+@log_half_normal.defjvp
+def _log_half_normal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (z,), (tangent,) = primals, tangents
+    value = log_half_normal(z)
+    return value, tangent * jnp.exp(0.5 * (jnp.exp(2.0 * value) - z**2) - LOG_2 - value)
 
 
 def half_normal_score(value: Array) -> Array:
     """Computes z from a quantile of |N(0, 1)|; the inverse of `half_normal`."""
-    lower = jnp.log(erf(value / np.sqrt(2.0)))
-    return normal_score(lower, LOG_2 + log_ndtr(-value))
+    return normal_score(jnp.log(erf(value / math.sqrt(2.0))), LOG_2 + log_ndtr(-value))
 
 
 @jax.custom_jvp

@@ -19,32 +19,29 @@ from pushforward.math.special import HALF_LOG_2PI, broadcast_float, log1mexp, lo
 _NODES, _WEIGHTS = (0.5 * (x + shift) for x, shift in zip(np.polynomial.legendre.leggauss(8), (1.0, 0.0), strict=True))
 
 
-def log_mass(a: Array, b: Array) -> Array:
-    """Computes log(Phi(b) - Phi(a)) for a < b, for narrow intervals by Gauss-Legendre."""
-    a, b = broadcast_float(a, b)
-    width = b - a
+def log_mass(a: Array, width: Array) -> Array:
+    """Computes log(Phi(a + width) - Phi(a)) for width > 0, for narrow intervals by Gauss-Legendre."""
+    a, width = broadcast_float(a, width)
+    width = jnp.maximum(width, jnp.finfo(width.dtype).tiny)
+    b = a + width
+    right = a + b > 0
+    outer, inner = log_ndtr(jnp.stack([jnp.where(right, -b, a), jnp.where(right, -a, b)]))
     narrow = width * (1.0 + jnp.abs(a) + jnp.abs(b)) < 1.0
     left = jnp.where(narrow, a, 0.0)
-    right = a + b > 0
-    outer, inner = jnp.where(right, -b, a), jnp.where(right, -a, b)
-    log_inner = log_ndtr(inner)
-    log_ratio = jnp.where(narrow, -1.0, log_ndtr(outer) - log_inner)
     near = jnp.log(jnp.where(narrow, _moment(left, jnp.where(narrow, width, 1.0)), 1.0)) - 0.5 * left**2 - HALF_LOG_2PI
-    return jnp.where(narrow, near, log_inner + log1mexp(log_ratio))
+    return jnp.where(narrow, near, inner + log1mexp(jnp.where(narrow, -1.0, outer - inner)))
 
 
 def _moment(a: Array, distance: Array) -> Array:
     """Computes int_0^distance exp(-a s - s^2 / 2) ds."""
-    total = jnp.zeros_like(a)
-    for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
-        s = distance * node
-        total = total + weight * jnp.exp(-s * (a + 0.5 * s))
-    return distance * total
+    nodes, weights = (jnp.asarray(x.reshape((-1,) + (1,) * a.ndim), a.dtype) for x in (_NODES, _WEIGHTS))
+    s = distance[None] * nodes
+    return distance * jnp.sum(weights * jnp.exp(-s * (a[None] + 0.5 * s)), axis=0)
 
 
-def _distance(a: Array, log_added: Array, score: Array) -> Array:
-    """Computes y - a, given log(Phi(y) - Phi(a)) and y to working precision."""
-    near = log_added - log_ndtr(jnp.where(a <= 0, a, -a)) < -1.6
+def _distance(a: Array, log_tail: Array, log_added: Array, score: Array) -> Array:
+    """Computes y - a from log Phi(-|a|), log(Phi(y) - Phi(a)) and y to working precision."""
+    near = log_added - log_tail < -1.6
     a_near = jnp.where(near, a, 0.0)
     target = jnp.exp(jnp.where(near, log_added + 0.5 * a**2 + HALF_LOG_2PI, -5.0))
 
@@ -62,10 +59,9 @@ def above(z: Array, a: Array) -> tuple[Array, Array]:
         z: standard normal scores.
         a: lower bound, of the shape and dtype of `z`.
     """
-    lower, upper = log_tails(z)
-    log_kept, log_lost = log_ndtr(-a), log_ndtr(a)
+    (lower, log_lost), (upper, log_kept) = log_tails(jnp.stack([z, a]))
     score = normal_score(jnp.logaddexp(log_lost, lower + log_kept), upper + log_kept)
-    return score, _distance(a, lower + log_kept, score)
+    return score, _distance(a, jnp.minimum(log_lost, log_kept), lower + log_kept, score)
 
 
 @above.defjvp
@@ -79,11 +75,11 @@ def _above_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
     return (score, distance), (change, change - a_tangent)
 
 
-def above_score(score: Array, a: Array) -> Array:
-    """Computes z from a score y > a; the inverse of `above`."""
-    score, a = broadcast_float(score, a)
+def above_score(distance: Array, a: Array) -> Array:
+    """Computes z from y - a > 0; the inverse of `above`."""
+    distance, a = broadcast_float(distance, a)
     log_kept = log_ndtr(-a)
-    return normal_score(log_mass(a, score) - log_kept, log_ndtr(-score) - log_kept)
+    return normal_score(log_mass(a, distance) - log_kept, log_ndtr(-a - distance) - log_kept)
 
 
 @jax.custom_jvp
@@ -95,12 +91,15 @@ def within(z: Array, a: Array, b: Array) -> tuple[Array, Array, Array]:
         a: lower bound, of the shape and dtype of `z`.
         b: upper bound, likewise.
     """
-    lower, upper = log_tails(z)
-    from_left = jnp.logaddexp(upper + log_ndtr(a), lower + log_ndtr(b))
-    from_right = jnp.logaddexp(upper + log_ndtr(-a), lower + log_ndtr(-b))
-    score = normal_score(from_left, from_right)
-    kept = log_mass(a, b)
-    return score, _distance(a, lower + kept, score), _distance(-b, upper + kept, -score)
+    (lower, below_a, below_b), (upper, above_a, above_b) = log_tails(jnp.stack([z, a, b]))
+    score = normal_score(
+        jnp.logaddexp(upper + below_a, lower + below_b), jnp.logaddexp(upper + above_a, lower + above_b)
+    )
+    kept = log_mass(a, b - a)
+    tails = jnp.stack([jnp.minimum(below_a, above_a), jnp.minimum(below_b, above_b)])
+    added = jnp.stack([lower + kept, upper + kept])
+    from_a, from_b = _distance(jnp.stack([a, -b]), tails, added, jnp.stack([score, -score]))
+    return score, from_a, from_b
 
 
 @within.defjvp
@@ -109,15 +108,15 @@ def _within_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     (z, a, b), (z_tangent, a_tangent, b_tangent) = primals, tangents
     score, from_a, from_b = within(z, a, b)
     lower, upper = log_tails(z)
-    in_z = jnp.exp(log_mass(a, b) + 0.5 * (score**2 - z**2))
+    in_z = jnp.exp(log_mass(a, b - a) + 0.5 * (score**2 - z**2))
     in_a = jnp.exp(upper + from_a * (a + 0.5 * from_a))
     in_b = jnp.exp(lower + from_b * (0.5 * from_b - b))
     change = in_z * z_tangent + in_a * a_tangent + in_b * b_tangent
     return (score, from_a, from_b), (change, change - a_tangent, b_tangent - change)
 
 
-def within_score(score: Array, a: Array, b: Array) -> Array:
-    """Computes z from a score a < y < b; the inverse of `within`."""
-    score, a, b = broadcast_float(score, a, b)
-    kept = log_mass(a, b)
-    return normal_score(log_mass(a, score) - kept, log_mass(score, b) - kept)
+def within_score(from_a: Array, from_b: Array, a: Array, b: Array) -> Array:
+    """Computes z from y - a > 0 and b - y > 0; the inverse of `within`."""
+    from_a, from_b, a, b = broadcast_float(from_a, from_b, a, b)
+    kept = log_mass(a, b - a)
+    return normal_score(log_mass(a, from_a) - kept, log_mass(-b, from_b) - kept)

@@ -7,6 +7,7 @@ in a notebook is not compiled again, and one whose global array was changed is.
 
 import functools
 import hashlib
+import re
 import sys
 import types
 from collections.abc import Hashable, Mapping
@@ -37,6 +38,11 @@ def array_digest(array: Any) -> Hashable:
     data = np.ascontiguousarray(array)
     digest = hashlib.blake2b(data.view(np.uint8).reshape(-1).data, digest_size=16).digest()
     return ("array", array.shape, str(array.dtype), digest)
+
+
+def stable_text(value: Any) -> str:
+    """Text of a fingerprint that is the same in every process (objects known by identity count by type)."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _is_key(value: Any) -> bool:
@@ -157,6 +163,9 @@ class _Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self.value).__qualname__}>"
 
 
 def _object(value: Any, seen: dict[int, int]) -> Hashable:

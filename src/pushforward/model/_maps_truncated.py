@@ -33,43 +33,56 @@ def _bounds(d: dist.Distribution) -> tuple[PriorMap, Array | None, Array | None]
 @register(dist.LeftTruncatedDistribution, dist.LeftTruncatedGamma)
 def _left(d: dist.LeftTruncatedDistribution | dist.LeftTruncatedGamma) -> PriorMap:
     base, low, _ = _bounds(d)
+    normal = isinstance(d.base_dist, dist.Normal)
 
     def push(z: Array) -> Array:
         score, distance = above(*broadcast_float(z, low))
-        if isinstance(d.base_dist, dist.Normal):
-            return inside_support(d.support, d.low + d.base_dist.scale * distance)
-        return inside_support(d.support, base.push(score))
+        value = d.low + d.base_dist.scale * distance if normal else base.push(score)
+        return inside_support(d.support, value)
 
-    return PriorMap("truncated quantile", (), push, lambda x: above_score(base.pull(x), low))
+    def pull(x: Array) -> Array:
+        return above_score((x - d.low) / d.base_dist.scale if normal else base.pull(x) - low, low)
+
+    return PriorMap("truncated quantile", (), push, pull)
 
 
 @register(dist.RightTruncatedDistribution, dist.RightTruncatedGamma)
 def _right(d: dist.RightTruncatedDistribution | dist.RightTruncatedGamma) -> PriorMap:
     base, _, high = _bounds(d)
+    normal = isinstance(d.base_dist, dist.Normal)
 
     def push(z: Array) -> Array:
         score, distance = above(*broadcast_float(-z, -high))
-        if isinstance(d.base_dist, dist.Normal):
-            return inside_support(d.support, d.high - d.base_dist.scale * distance)
-        return inside_support(d.support, base.push(-score))
+        value = d.high - d.base_dist.scale * distance if normal else base.push(-score)
+        return inside_support(d.support, value)
 
-    return PriorMap("truncated quantile", (), push, lambda x: -above_score(-base.pull(x), -high))
+    def pull(x: Array) -> Array:
+        return -above_score((d.high - x) / d.base_dist.scale if normal else high - base.pull(x), -high)
+
+    return PriorMap("truncated quantile", (), push, pull)
 
 
 @register(dist.TwoSidedTruncatedDistribution, dist.TwoSidedTruncatedGamma)
 def _two_sided(d: dist.TwoSidedTruncatedDistribution | dist.TwoSidedTruncatedGamma) -> PriorMap:
     base, low, high = _bounds(d)
+    normal = isinstance(d.base_dist, dist.Normal)
 
     def push(z: Array) -> Array:
         score, from_low, from_high = within(*broadcast_float(z, low, high))
-        if isinstance(d.base_dist, dist.Normal):
+        if normal:
             scale = d.base_dist.scale
             value = jnp.where(from_low <= from_high, d.low + scale * from_low, d.high - scale * from_high)
         else:
             value = base.push(score)
         return inside_support(d.support, value)
 
-    return PriorMap("truncated quantile", (), push, lambda x: within_score(base.pull(x), low, high))
+    def pull(x: Array) -> Array:
+        if normal:
+            return within_score((x - d.low) / d.base_dist.scale, (d.high - x) / d.base_dist.scale, low, high)
+        score = base.pull(x)
+        return within_score(score - low, high - score, low, high)
+
+    return PriorMap("truncated quantile", (), push, pull)
 
 
 @register(dist.FoldedDistribution)

@@ -310,3 +310,49 @@ def _check_dependents(problem: InverseProblem, names: tuple[str, ...]) -> None:
                 f"data '{name}' have missing values, and site '{other}' depends on '{name}'. Impute them: "
                 f"numpyro.sample('{name}', ..., obs={name}, obs_mask=~jnp.isnan({name}))."
             )
+
+
+def diagnose(problem: InverseProblem) -> None:
+    """Say why no run can start: look at the observed sites at the prior's centre.
+
+    Raises:
+        DataError: a parameter of a site's distribution is outside its domain, or its log density is not finite.
+    """
+    z = jnp.zeros(problem.dimension)
+    trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z))
+    for name, site in trace.items():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        for parameter, value in _outside(site["fn"]):
+            raise DataError(
+                f"the noise of site '{name}' is not usable: its {parameter} is {value:.6g} with all latent sites at "
+                f"the prior's centre, outside the domain of {type(_core(site['fn'])).__name__}."
+            )
+        density = jnp.sum(site["fn"].log_prob(site["value"]))
+        if not bool(jnp.isfinite(density)):
+            raise DataError(
+                f"the log density of site '{name}' is {float(density)} with all latent sites at the prior's centre. "
+                "Look for NaN or infinity in the model's other arguments, and for predictions outside the support."
+            )
+
+
+def _core(law: dist.Distribution) -> dist.Distribution:
+    while hasattr(law, "base_dist") and not isinstance(law, dist.TransformedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _outside(law: dist.Distribution) -> list[tuple[str, float]]:
+    """Parameters of a law that are outside their constraint, with an offending value."""
+    law, found = _core(law), []
+    for name, constraint in law.arg_constraints.items():
+        value = getattr(law, name, None)
+        if value is None or constraint.is_discrete or constraint.event_dim:
+            continue
+        try:
+            bad = ~np.asarray(constraint(value))
+        except (TypeError, ValueError, NotImplementedError):
+            continue
+        if bad.any():
+            found.append((name, float(np.broadcast_to(np.asarray(value), bad.shape)[bad].flat[0])))
+    return found

@@ -2,7 +2,7 @@
 
     A ~ U(0.4, 1.2),    B ~ U(0.01, 0.31),    y_j ~ N(A (1 - exp(-B t_j)), 1e-3),    t = 1, ..., 5.
 
-A is the demand in the end (mg / l), B the rate (1 / day), t the time (days). The data determine A B well and A and
+A is the demand in the end, B the rate (per unit of time). The data determine A B well and A and
 B apart badly. `u` below are the standard normal coordinates: A = 0.4 + 0.8 Phi(u_1), B = 0.01 + 0.30 Phi(u_2).
 
 Sources: Marzouk, Moselhy, Parno, Spantini (2016), arXiv:1602.05023 (problem); Bach, Baptista, Sanz-Alonso,
@@ -19,7 +19,7 @@ from pushforward.problems._problem import Problem, constant
 
 
 def model(t, y=None):
-    """Oxygen demand at times t (days), shape (n,); y (mg / l), shape (n,), or None to simulate."""
+    """Oxygen demand y at times t, both of shape (n,); y is None to simulate."""
     A = numpyro.sample("A", dist.Uniform(0.4, 1.2))
     B = numpyro.sample("B", dist.Uniform(0.01, 0.31))
     numpyro.sample("y", dist.Normal(A * (1 - jnp.exp(-B * t)), 1e-3**0.5), obs=y)

@@ -60,7 +60,7 @@ SD = {
 }
 # fmt: on
 
-# Published by posteriordb (reference draws of Stan, 2019): means and their Monte Carlo standard errors.
+# Published by posteriordb (reference draws of Stan): means and their Monte Carlo standard errors.
 PUBLISHED_MEAN = {
     "mu": 4.4105,
     "tau": 3.6021,

@@ -12,7 +12,7 @@ of the prior variance: from 1 % to 92 %. There is one datum more than there are 
 and a transposition cannot go unnoticed; the noise has another standard deviation for each datum.
 
 Source: constructed here; data are simulated from `truth`. Formulas: Stuart (2010), Inverse problems: a
-Bayesian perspective, Acta Numerica 19, example 6.23, doi:10.1017/S0962492910000061.
+Bayesian perspective, Acta Numerica 19, doi:10.1017/S0962492910000061.
 """
 
 import numpy as np
@@ -78,7 +78,7 @@ def linear_gaussian(dimension: int, *, seed: int = 0) -> Problem:
         model=model,
         inputs={name: constant(value) for name, value in inputs.items()},
         data={"y": constant(y)},
-        source="constructed; closed form (Stuart 2010, example 6.23)",
+        source="constructed; closed form (Stuart 2010)",
         numbers={
             "mean": {"theta": constant(mean)},
             "sd": {"theta": constant(np.sqrt(np.diag(covariance)))},

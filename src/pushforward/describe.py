@@ -1,0 +1,65 @@
+"""`describe`: what was read of a model, and which methods fit."""
+
+from typing import Any
+
+from pushforward._types import Model
+from pushforward.methods import NAMES
+from pushforward.model.inverse import InverseProblem, read_problem
+
+
+class Description:
+    """What was read of a model; printing it shows two tables.
+
+    Attributes:
+        sites: site records by name.
+        dimension: length of the noise vector ``z``.
+        methods: by name, None where the method fits, else why it does not.
+        gaussian: None where the likelihood is Gaussian with fixed noise, else why not.
+    """
+
+    def __init__(self, problem: InverseProblem):
+        self.sites = problem.sites
+        self.dimension = problem.dimension
+        self.gaussian = problem.why_not_gaussian() if problem.structure.data else "no site is data"
+        self.methods = {name: kind().why_not(problem) for name, kind in NAMES.items()}
+
+    def __repr__(self) -> str:
+        rows = [("site", "role", "distribution", "shape", "dims", "coordinates")]
+        for site in self.sites.values():
+            dims = ", ".join(d for d in site.dims if d)
+            rows.append((site.name, site.role, site.distribution, str(site.shape), dims, site.coordinates))
+        lines = [_table(rows), "", f"noise: z ~ N(0, I) of length {self.dimension}"]
+        lines.append("likelihood: " + ("Gaussian with fixed noise" if self.gaussian is None else self.gaussian))
+        lines += ["", _table([("method", "fits"), *((n, "yes" if w is None else w) for n, w in self.methods.items())])]
+        return "\n".join(lines)
+
+
+def describe(model: Model, *args: Any, observed: tuple[str, ...] | None = None, **kwargs: Any) -> Description:
+    """Say what was read of a model: sites, roles, coordinates, and which methods fit.
+
+    Nothing is run but one abstract trace.
+
+    Args:
+        model: a NumPyro model.
+        *args: its positional arguments.
+        observed: names of the data sites, where no argument observes them.
+        **kwargs: its named arguments.
+
+    Returns:
+        A `Description`; print it.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, pushforward as pf
+        >>> def model(y=None):
+        ...     mean = numpyro.sample("mean", dist.Normal(0, 10))
+        ...     numpyro.sample("y", dist.Normal(mean, 1), obs=y)
+        >>> pf.describe(model, y=1.0).dimension
+        1
+    """
+    return Description(read_problem(model, args, kwargs, observed))
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,0 +1,131 @@
+"""`Laplace`: the Gaussian at the posterior mode."""
+
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jax.scipy.linalg import cho_solve, solve_triangular
+
+from pushforward._errors import Outcome
+from pushforward._runner import Runner
+from pushforward._types import Array, Key
+from pushforward.math.points import to_normal
+from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
+from pushforward.model.inverse import InverseProblem
+
+_CURVATURES = ("hessian", "gauss_newton")
+_POLISH = 8
+_DENSE = 500
+
+
+class Laplace(Method):
+    """Mode of the posterior in ``z`` and the Gaussian with the curvature there.
+
+    With ``Phi = -log p(z, y)``, mode z* and curvature H the posterior is N(z*, H^-1) and
+    ``log Z = -Phi(z*) + d/2 log 2 pi - 1/2 log det H`` (Tierney and Kadane 1986). The mode is found by
+    BFGS (L-BFGS above 500 dimensions) and polished by Newton steps.
+
+    Exact for linear-Gaussian models and cheap; it sees nothing but the neighbourhood of one mode. The
+    mode depends on coordinates: this one is the mode in ``z``.
+
+    Args:
+        curvature: "hessian", or "gauss_newton": ``I + J^T Gamma^-1 J`` with J the Jacobian of the
+            predictions, always positive definite, for Gaussian likelihoods.
+        tolerance: relative and absolute tolerance of the optimiser.
+        max_steps: optimiser steps at most.
+
+    Example:
+        >>> import pushforward as pf
+        >>> pf.Laplace().curvature
+        'hessian'
+    """
+
+    curvature: str = "hessian"
+    tolerance: float = 1e-5
+    max_steps: int = 2000
+
+    def __check_init__(self):
+        check_choice("Laplace", _CURVATURES, curvature=self.curvature)
+        check_positive("Laplace", tolerance=self.tolerance)
+        check_integer("Laplace", 1, max_steps=self.max_steps)
+
+    def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
+        """See `Method.run`."""
+        return runner.call(_run, self, problem, key, draws)
+
+    def why_not(self, problem: InverseProblem) -> str | None:
+        """Gauss-Newton needs a Gaussian likelihood."""
+        return problem.why_not_gaussian() if self.curvature == "gauss_newton" else None
+
+
+def _run(method: Laplace, problem: InverseProblem, key: Key, draws: int) -> Draws:
+    d = problem.dimension
+
+    def objective(z: Array, _: None) -> Array:
+        value = -problem.log_density(z)
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
+
+    kind = optx.BFGS if d <= _DENSE else optx.LBFGS
+    solver = kind(rtol=method.tolerance, atol=method.tolerance)
+    found = optx.minimise(objective, solver, jnp.zeros(d), max_steps=method.max_steps, throw=False)
+    curvature = _gauss_newton if method.curvature == "gauss_newton" else _hessian
+    z, root, value, newton = _polish(problem, found.value, curvature)
+    # N(z, H^-1) with H = root root^T is sampled by solving with the transposed root.
+    noise = to_normal(jax.random.uniform(key, (draws, d)))
+    positions = z + jax.vmap(lambda e: solve_triangular(root, e, lower=True, trans=1))(noise)
+    evidence = value + 0.5 * d * jnp.log(2 * jnp.pi) - jnp.sum(jnp.log(jnp.diagonal(root)))
+    steps = found.stats["num_steps"]
+    summary = {"log_evidence": evidence, "log_density_at_mode": value, "steps": steps, "newton_decrement": newton}
+    runs = count(steps + _POLISH)
+    return Draws(positions[None], {}, summary, _outcome(found, value, root, newton), runs, runs)
+
+
+def _hessian(problem: InverseProblem, z: Array) -> Array:
+    return -jax.hessian(problem.log_density)(z)
+
+
+def _gauss_newton(problem: InverseProblem, z: Array) -> Array:
+    """I + J^T Gamma^-1 J, with J by forward mode (reverse where there are fewer data than parameters)."""
+
+    def whitened(z: Array) -> Array:
+        prediction = problem.forward(z)
+        parts = [_whiten(m, prediction.noise[n], prediction.data[n]) for n, m in prediction.mean.items()]
+        return jnp.concatenate(parts)
+
+    jacobian = jax.jacfwd(whitened)(z)
+    return jnp.eye(z.size) + jacobian.T @ jacobian
+
+
+def _whiten(mean: Array, noise: Array, data: Array) -> Array:
+    """Mean in units of the noise; 0 where data are missing."""
+    missing = jnp.isnan(data)
+    if noise.ndim == mean.ndim:
+        return jnp.ravel(jnp.where(missing, 0.0, mean / noise))
+    both = ~missing[..., :, None] & ~missing[..., None, :]
+    root = jnp.linalg.cholesky(jnp.where(both, noise, jnp.eye(mean.shape[-1])))
+    present = jnp.where(missing, 0.0, mean)
+    return jnp.ravel(solve_triangular(root, present[..., None], lower=True)[..., 0])
+
+
+def _polish(problem: InverseProblem, z: Array, curvature: object) -> tuple[Array, Array, Array, Array]:
+    """Newton steps with the curvature that is returned, so that mode and curvature belong together."""
+
+    def step(_: int, state: tuple) -> tuple:
+        z, best, *_ = state
+        value, gradient = jax.value_and_grad(problem.log_density)(z)
+        root = jnp.linalg.cholesky(curvature(problem, z))
+        move = cho_solve((root, True), gradient)
+        decrement = jnp.sqrt(jnp.maximum(gradient @ move, 0.0))
+        good = jnp.all(jnp.isfinite(move)) & (decrement < 1.0)
+        return jnp.where(good, z + move, z), z, root, value, decrement
+
+    start = (z, z, jnp.eye(z.size), jnp.zeros(()), jnp.zeros(()))
+    _, z, root, value, decrement = jax.lax.fori_loop(0, _POLISH, step, start)
+    return z, root, value, decrement
+
+
+def _outcome(found: optx.Solution, value: Array, root: Array, decrement: Array) -> Array:
+    finite, definite = jnp.isfinite(value), jnp.all(jnp.isfinite(root))
+    near = decrement < 0.01 * jnp.sqrt(root.shape[0])
+    late = jnp.where(near, int(Outcome.SUCCESS), int(Outcome.MAXIMUM_STEPS))
+    bad = jnp.where(finite, int(Outcome.NOT_POSITIVE_DEFINITE), int(Outcome.NONFINITE_START))
+    return jnp.where(finite & definite, late, bad)

@@ -1,0 +1,289 @@
+"""`TemperedSMC`: independent islands of particles that are led from the prior to the posterior."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+from jax.sharding import Mesh
+
+from pushforward import parallel
+from pushforward._errors import MethodError, Outcome
+from pushforward._runner import Runner
+from pushforward._types import Array, Key
+from pushforward.methods._base import Draws, Method, check_integer, count
+from pushforward.model.inverse import InverseProblem
+
+_DEAD = -1e30
+_TARGET_ACCEPTANCE = 0.3
+_GAIN = 0.5
+_LARGE_ERROR = 0.5
+
+
+class TemperedSMC(Method):
+    """Sequential Monte Carlo along ``p(z) p(y | z)^lambda``, lambda from 0 to 1; estimates the evidence.
+
+    Each stage raises lambda so far that the weights ``p(y | z)^delta`` keep an effective sample size of
+    ``target_ess`` times the particles, multiplies the evidence by their mean, resamples ``particles /
+    mutation_steps`` ancestors systematically and moves each for ``mutation_steps`` steps. All states on the
+    way are the next particles (waste-free SMC): a stage costs one run of the model per particle.
+
+    The moves suit few and many dimensions. With the island's mean ``m`` and covariance ``C`` they are in turn
+    a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, and
+    the autoregression ``z' = m + sqrt(1 - b^2) (z - m) + b C^1/2 xi``, reversible for N(m, C) and so always
+    accepted where the posterior is Gaussian, in any dimension; ``s`` and ``b`` follow the acceptance.
+
+    The islands are independent and of equal standing: they are the chains of the result, so that R-hat
+    tells whether they agree, and the evidence is the mean of theirs, with a standard error from their spread.
+    The mean of products of mean weights is unbiased for a schedule fixed in advance (Del Moral 2004, theorem
+    7.4.2; Dau and Chopin 2022, proposition 1); adaptation adds a bias of order 1 / particles.
+
+    Use it for the evidence, for multimodal posteriors, and for models without a gradient. Where NUTS works and
+    only draws are wanted, NUTS needs fewer runs of the model in many dimensions.
+
+    Args:
+        particles: particles of each island, a multiple of `mutation_steps`. An island gives at most that
+            many draws; fewer are evenly spaced ones.
+        islands: independent runs.
+        target_ess: fraction of the particles that the weights of a stage are to be worth.
+        mutation_steps: steps of each ancestor, alternately of the two kinds.
+        max_stages: stages at most; the run ends when lambda is 1.
+
+    Reference:
+        Del Moral, Doucet, Jasra (2006), Sequential Monte Carlo samplers, doi:10.1111/j.1467-9868.2006.00553.x;
+        Jasra, Stephens, Doucet, Tsagaris (2011), doi:10.1111/j.1467-9469.2010.00723.x (choice of delta);
+        Dau, Chopin (2022), Waste-free sequential Monte Carlo, algorithm 2, doi:10.1111/rssb.12475.
+
+    Example:
+        >>> from pushforward.methods.tempered_smc import TemperedSMC
+        >>> TemperedSMC(particles=2000).islands
+        8
+    """
+
+    particles: int = 1000
+    islands: int = 8
+    target_ess: float = 0.5
+    mutation_steps: int = 20
+    max_stages: int = 100
+
+    shards = "islands"
+
+    def __check_init__(self):
+        check_integer("TemperedSMC", 2, islands=self.islands, mutation_steps=self.mutation_steps)
+        check_integer("TemperedSMC", 2, particles=self.particles, max_stages=self.max_stages)
+        if isinstance(self.target_ess, bool) or not 0 < self.target_ess < 1:
+            raise MethodError(f"TemperedSMC(target_ess=...) takes a number between 0 and 1; got {self.target_ess!r}.")
+        if self.particles % self.mutation_steps or self.particles < 2 * self.mutation_steps:
+            raise MethodError(
+                f"TemperedSMC(particles=...) takes a multiple of mutation_steps={self.mutation_steps}, at least twice "
+                f"as much; got {self.particles!r}."
+            )
+
+    def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
+        """See `Method.run`."""
+        keys = jax.random.split(key, self.islands)
+        first = _start(self, problem.dimension)
+        last = runner.loop(_advance, first, self.max_stages, self, problem, keys, runner.mesh)
+        return runner.call(_package, self, problem, last, min(draws, self.particles))
+
+    def warnings(self, draws: Draws) -> list[str]:
+        """Islands that disagree on the evidence."""
+        error = float(draws.summary["log_evidence_se"])
+        if error <= _LARGE_ERROR:
+            return []
+        return [
+            f"The islands disagree on the evidence: log_evidence_se is {error:.2f}. Some miss part of the posterior. "
+            f"Increase mutation_steps (now {self.mutation_steps}) or particles (now {self.particles})."
+        ]
+
+
+class _Island(eqx.Module):
+    """Particles of one island, `ancestors` rows of `mutation_steps` states, and what a stage carries on.
+
+    Stage 0 draws the prior through the same moves: at lambda = 0, with mean 0, covariance I and b = 1, the
+    autoregression proposes independent prior draws and accepts all. The model is so compiled once.
+    """
+
+    z: Array
+    log_likelihood: Array
+    temperature: Array
+    log_evidence: Array
+    log_scales: Array
+    acceptance: Array
+    stages: Array
+    alive: Array
+
+
+def _start(method: TemperedSMC, d: int) -> _Island:
+    shape = (method.islands, method.particles // method.mutation_steps, method.mutation_steps)
+    zero = jnp.zeros(method.islands)
+    return _Island(
+        z=jnp.zeros((*shape, d)),
+        log_likelihood=jnp.zeros(shape),
+        temperature=zero,
+        log_evidence=zero,
+        log_scales=jnp.zeros((method.islands, 2)),
+        acceptance=zero,
+        stages=jnp.zeros(method.islands, int),
+        alive=jnp.ones(method.islands),
+    )
+
+
+def _advance(
+    state: _Island, start: Array, stop: Array, method: TemperedSMC, problem: InverseProblem, keys: Key, mesh: Mesh | None
+) -> _Island:
+    """Carry all islands from stage `start` to stage `stop`, or to lambda = 1."""
+
+    def one(island: _Island, key: Key) -> _Island:
+        def unfinished(s: _Island) -> Array:
+            return (s.stages < stop) & ((s.temperature < 1) | (s.stages == 0)) & (s.alive > 0)
+
+        def stage(s: _Island) -> _Island:
+            return _stage(s, jax.random.fold_in(key, s.stages), method, problem)
+
+        return jax.lax.while_loop(unfinished, stage, island)
+
+    return parallel.vmap(one, mesh)(state, keys)
+
+
+def _stage(s: _Island, key: Key, method: TemperedSMC, problem: InverseProblem) -> _Island:
+    """Reweight, resample, move. Stage 0 has no weights and moves all particles to the prior."""
+    from blackjax.smc.resampling import systematic
+
+    first = s.stages == 0
+    resample_key, move_key = jax.random.split(key)
+    values = s.log_likelihood.ravel()
+    particles = s.z.reshape(values.size, -1)
+    delta = jnp.where(first, 0.0, _increment(values, 1 - s.temperature, method.target_ess))
+    log_weights = jnp.where(first, 0.0, delta * values)
+    log_mean = logsumexp(log_weights) - jnp.log(values.size)
+    weights = jnp.exp(log_weights - jnp.log(values.size) - log_mean)
+    mean, root = _moments(particles, weights)
+    mean = jnp.where(first, 0.0, mean)
+    root = jnp.where(first, jnp.eye(mean.size, dtype=mean.dtype), root)
+    chosen = systematic(resample_key, weights, s.z.shape[0])
+    # A last step that reaches 1 up to rounding is 1.
+    temperature = jnp.where(s.temperature + delta > 1 - 1e-6, 1.0, s.temperature + delta).astype(values.dtype)
+    moves = _Moves(mean, root, temperature, first)
+    z, log_likelihood, log_scales, acceptance = _mutate(
+        moves, particles[chosen], values[chosen], s.log_scales, move_key, method, problem
+    )
+    return _Island(
+        z=z,
+        log_likelihood=log_likelihood,
+        temperature=temperature,
+        log_evidence=s.log_evidence + log_mean,
+        log_scales=jnp.where(first, s.log_scales, log_scales),
+        acceptance=acceptance,
+        stages=s.stages + 1,
+        alive=jnp.mean(log_likelihood > _DEAD),
+    )
+
+
+def _increment(values: Array, most: Array, target: float) -> Array:
+    """The delta <= `most` at which the weights exp(delta values) of living particles have the target ESS."""
+    from blackjax.smc.solver import dichotomy
+
+    centred = jnp.where(values > _DEAD, values - jnp.max(values), -jnp.inf)
+    living = jnp.sum(values > _DEAD)
+
+    def excess(delta: Array) -> Array:
+        log_weights = jnp.where(values > _DEAD, delta * centred, -jnp.inf)
+        return 2 * logsumexp(log_weights) - logsumexp(2 * log_weights) - jnp.log(target * living)
+
+    return dichotomy(excess, jnp.zeros_like(most), most)
+
+
+def _moments(particles: Array, weights: Array) -> tuple[Array, Array]:
+    """Weighted mean, and Cholesky factor of the covariance, shrunk to its diagonal by d / (d + n)."""
+    n, d = particles.shape
+    mean = weights @ particles
+    centred = (particles - mean) * jnp.sqrt(weights)[:, None]
+    covariance = centred.T @ centred
+    share = d / (d + n)
+    diagonal = jnp.diag(covariance)
+    floor = 10 * jnp.finfo(mean.dtype).eps * jnp.maximum(jnp.max(diagonal), jnp.finfo(mean.dtype).tiny ** 0.5)
+    shrunk = (1 - share) * covariance + jnp.diag(share * diagonal + floor)
+    return mean, jnp.linalg.cholesky(shrunk)
+
+
+class _Moves(eqx.Module):
+    """Target and proposals of one stage, in coordinates u with z = mean + root u."""
+
+    mean: Array
+    root: Array
+    temperature: Array
+    prior: Array
+
+    def coefficients(self, log_scales: Array, kind: Array) -> tuple[Array, Array, Array]:
+        """(a, b, c) of u' = a u + b xi, which is reversible for the precision c = (1 - a^2) / b^2.
+
+        Kind 0 is the autoregression, kind 1 the random walk.
+        """
+        d = self.mean.size
+        b = jnp.exp(jnp.minimum(log_scales[0], 0.0))
+        step = jnp.exp(log_scales[1]) * 2.38 / d**0.5
+        walk = (kind == 1) & ~self.prior
+        b = jnp.where(self.prior, 1.0, jnp.where(walk, step, b))
+        a = jnp.where(self.prior, 0.0, jnp.where(walk, 1.0, jnp.sqrt(jnp.maximum(1 - b**2, 0.0))))
+        return a, b, jnp.where(walk, 0.0, 1.0)
+
+
+def _mutate(
+    moves: _Moves, z: Array, values: Array, log_scales: Array, key: Key, method: TemperedSMC, problem: InverseProblem
+) -> tuple[Array, Array, Array, Array]:
+    """Move all ancestors; return states (ancestor, step, d), their likelihoods, scales and acceptance."""
+    square = jax.vmap(lambda x: jnp.sum(x**2))
+
+    def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
+        u, z, values, scales = carry
+        noise_key, accept_key = jax.random.split(jax.random.fold_in(key, i))
+        a, b, c = moves.coefficients(scales, i % 2)
+        trial_u = a * u + b * jax.random.normal(noise_key, u.shape, u.dtype)
+        trial = moves.mean + trial_u @ moves.root.T
+        found = jax.vmap(problem.log_likelihood)(trial).astype(values.dtype)
+        found = jnp.where(jnp.isfinite(found), found, _DEAD)
+        ratio = moves.temperature * (found - values) - 0.5 * (square(trial) - square(z))
+        ratio = jnp.where(moves.prior, 0.0, ratio + 0.5 * c * (square(trial_u) - square(u)))
+        acceptance = jnp.exp(jnp.minimum(ratio, 0.0))
+        accepted = jax.random.uniform(accept_key, acceptance.shape, acceptance.dtype) < acceptance
+        u, z = (jnp.where(accepted[:, None], new, old) for new, old in ((trial_u, u), (trial, z)))
+        values = jnp.where(accepted, found, values)
+        rate = jnp.mean(acceptance)
+        scales = jnp.minimum(scales.at[i % 2].add(_GAIN * (rate - _TARGET_ACCEPTANCE)), jnp.array([0.0, 2.0]))
+        return (u, z, values, scales.astype(log_scales.dtype)), (z, values, rate)
+
+    u = solve_triangular(moves.root, (z - moves.mean).T, lower=True).T
+    carry = u, z, values, log_scales
+    (_, _, _, scales), (states, found, rates) = jax.lax.scan(step, carry, jnp.arange(method.mutation_steps))
+    return jnp.swapaxes(states, 0, 1), found.T, scales, jnp.mean(rates)
+
+
+def _package(method: TemperedSMC, problem: InverseProblem, last: _Island, draws: int) -> Draws:
+    """Evenly spaced particles, ancestor by ancestor, and the mean of the islands' evidence."""
+    n = method.particles
+    chosen = ((jnp.arange(draws) + 0.5) * n / draws).astype(int)
+    z = last.z.reshape(method.islands, n, -1)[:, chosen]
+    values = last.log_likelihood.reshape(method.islands, n)[:, chosen]
+    lp = values + jax.vmap(jax.vmap(problem.log_prior))(z)
+    finished, alive = jnp.all(last.temperature >= 1), jnp.all(last.alive > 0)
+    late = jnp.where(finished, int(Outcome.SUCCESS), int(Outcome.MAXIMUM_STEPS))
+    outcome = jnp.where(alive, late, int(Outcome.NONFINITE_START))
+    # Under vmap every island runs as many stages as the longest.
+    runs = count(n * method.islands * jnp.max(last.stages))
+    return Draws(z, {"lp": lp}, _summary(last), outcome, runs, count(0))
+
+
+def _summary(last: _Island) -> dict[str, Any]:
+    islands = last.log_evidence.shape[0]
+    log_evidence = logsumexp(last.log_evidence) - jnp.log(islands)
+    relative = jnp.exp(last.log_evidence - log_evidence)
+    return {
+        "log_evidence": log_evidence,
+        "log_evidence_se": jnp.std(relative, ddof=1) / jnp.sqrt(islands),
+        "stages": jnp.max(last.stages),
+        "temperature": jnp.min(last.temperature),
+        "acceptance_rate": jnp.mean(last.acceptance),
+    }
