@@ -142,8 +142,14 @@ FAMILIES = {
 }
 
 
+def compiled(function, *arguments):
+    """Runs a function under jit, compiled without optimisation: the tests here spend their time in the compiler."""
+    program = jax.jit(function).lower(*arguments)
+    return program.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)
+
+
 def evaluate(make, parameters, dtype):
-    """T, dT/dz and dT/dparameter for every parameter set (rows) and every z (columns)."""
+    """T, dT/dz, dT/dparameters and (float64) log p and the score, for parameter sets (rows) and z (columns)."""
     rows = np.asarray(parameters, dtype)
     columns = [jnp.asarray(np.broadcast_to(c[:, None], (len(rows), Z.size))) for c in rows.T]
 
@@ -153,10 +159,12 @@ def evaluate(make, parameters, dtype):
 
     def all_of_it(z, *columns):
         gradients, x = jax.grad(values, argnums=tuple(range(len(columns) + 1)), has_aux=True)(z, *columns)
+        if dtype == np.float32:
+            return x, gradients
         return x, gradients, make(*columns).log_prob(x), pull(make(*columns), x)
 
     z = jnp.asarray(np.broadcast_to(Z.astype(dtype), (len(rows), Z.size)))
-    return jax.tree.map(np.asarray, jax.jit(all_of_it)(z, *columns))
+    return jax.tree.map(np.asarray, compiled(all_of_it, z, *columns))
 
 
 def reference(law, parameters):
@@ -183,7 +191,7 @@ def test_quantiles_equal_scipys(family, bits):
     make, parameters, law, measure = FAMILIES[family]
     dtype = np.dtype(f"float{bits}")
     with jax.enable_x64(bits == 64):
-        x, (in_z, *in_parameters), log_density, z = evaluate(make, parameters, dtype)
+        x, (in_z, *in_parameters), *rest = evaluate(make, parameters, dtype)
         low, high = support_bounds(make, parameters)
     expected = reference(law, np.asarray(parameters, dtype).astype(float))
     assert x.dtype == dtype
@@ -206,7 +214,7 @@ def test_quantiles_equal_scipys(family, bits):
 
     if bits == 64:
         # p(T(z)) T'(z) = phi(z), where NumPyro's own log density does not run out of digits.
-        middle = np.abs(Z) <= 2.0
+        (log_density, z), middle = rest, np.abs(Z) <= 2.0
         defect = log_density + np.log(in_z) - scipy.stats.norm.logpdf(Z)
         assert np.abs(defect[:, middle]).max() < 1e-5
         assert np.abs(z - Z)[:, middle].max() < 1e-6
@@ -226,26 +234,24 @@ DERIVATIVES = {
 
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives_equal_differences(name):
-    """First derivatives in all arguments, and the mixed second ones, against central differences."""
+    """First and second derivatives along fixed directions in (z, parameters), against central differences."""
     function, parameters = DERIVATIVES[name]
     with jax.enable_x64(True):
         points = jnp.asarray([(z, *row) for row in parameters for z in (-5.0, -0.7, 0.3, 4.0)])
-        value = lambda point: function(*point)  # noqa: E731
-        gradient = jax.grad(value)
-        step = 1e-5 * jnp.eye(points.shape[1])
-        differences = (
-            jax.jit(
-                jax.vmap(
-                    lambda p: jax.vmap(
-                        lambda h: jnp.append(gradient(p + h) - gradient(p - h), value(p + h) - value(p - h))
-                    )(step)
-                )
-            )(points)
-            / 2e-5
-        )
-        exact, hessian = jax.jit(jax.vmap(lambda p: (gradient(p), jax.hessian(value)(p))))(points)
-    np.testing.assert_allclose(exact, differences[..., -1], rtol=2e-6, atol=1e-7)
-    np.testing.assert_allclose(hessian, np.swapaxes(differences[..., :-1], -1, -2), rtol=2e-5, atol=2e-6)
+        signs = np.array([1.0, -1.0, 1.0])[: points.shape[1]]
+        directions = jnp.asarray(signs * np.random.default_rng(0).uniform(0.3, 1.0, points.shape))
+
+        def along(t):
+            return jax.vmap(lambda point, direction: function(*(point + t * direction)))(points, directions)
+
+        def both(t):
+            first = lambda t: jax.jvp(along, (t,), (jnp.ones(()),))  # noqa: E731
+            (value, slope), (_, bend) = jax.jvp(first, (t,), (jnp.ones(()),))
+            return value, slope, bend
+
+        value, slope, bend = map(np.asarray, compiled(lambda: jax.lax.map(both, jnp.asarray([-1e-5, 0.0, 1e-5]))))
+    np.testing.assert_allclose(slope[1], (value[2] - value[0]) / 2e-5, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(bend[1], (slope[2] - slope[0]) / 2e-5, rtol=1e-5, atol=1e-6)
 
 
 def test_tails_reach_far_beyond_underflow():
@@ -270,15 +276,18 @@ def test_rounding_keeps_the_derivative():
 
 
 def test_equations_promote_neither_rank_nor_dtype():
+    """Traced only: promotion errors are raised by the trace."""
     z, a = jnp.linspace(-2.0, 2.0, 3), jnp.asarray([2.0])
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        for value in (
-            gamma_quantile.log_gamma(z, a),
-            beta_quantile.logit_beta(z, a, a),
-            quantiles.student_t(z, a),
-            truncation.above(*special.broadcast_float(z, a))[0],
-            quantiles.cauchy(z),
-            quantiles.levy(z),
+        for function in (
+            lambda z, a: gamma_quantile.log_gamma(z, a),
+            lambda z, a: beta_quantile.logit_beta(z, a, a),
+            lambda z, a: quantiles.student_t(z, a),
+            lambda z, a: quantiles.log_power_law(*special.broadcast_float(z, a, a)),
+            lambda z, a: truncation.above(*special.broadcast_float(z, a))[0],
+            lambda z, a: truncation.within(*special.broadcast_float(z, -a, a))[0],
+            lambda z, a: quantiles.cauchy(z),
+            lambda z, a: quantiles.levy(z),
         ):
-            assert value.shape == z.shape
-            assert value.dtype == z.dtype
+            value = jax.eval_shape(jax.grad(lambda z, a, f=function: f(z, a).sum()), z, a)
+            assert (value.shape, value.dtype) == (z.shape, z.dtype)

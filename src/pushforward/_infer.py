@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,9 @@ def infer(
     path = _checkpoint_path(checkpoint)
     identity = _identity(model, args, kwargs, method, key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
-    run_key, predictive_key = jax.random.split(key)
-    found = _with_khat(method.run(problem, run_key, draws, runner))
+    found = _with_khat(method.run(problem, key, draws, runner))
     notes += _usage_notes(method, runner)
-    groups = _groups(problem, found, labels, runner, predictive_key if predictive else None, notes)
+    groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
     notes += method.warnings(found) + _convergence(found, groups["posterior"])
     outcome = _outcome(found)
@@ -206,7 +206,7 @@ def _identity(model: Model, args: tuple, kwargs: dict, method: Method, key: Key,
     """A digest of everything that determines the draws."""
     constant = split(args, kwargs, constant=True).static
     parts = (fingerprint(model), constant, repr(method), np.asarray(jax.random.key_data(key)).tolist(), draws)
-    text = stable_text(parts) + jnp.zeros(()).dtype.name + _version("pushforward")
+    text = stable_text(parts) + jnp.result_type(float).name + _version("pushforward")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -216,7 +216,7 @@ def _with_khat(found: Draws) -> Draws:
     from pushforward.diagnostics import pareto_khat
 
     khat = pareto_khat(np.asarray(found.log_weights))
-    return Draws(**{**vars(found), "summary": found.summary | {"khat": jnp.asarray(khat)}})
+    return Draws(**{**vars(found), "summary": found.summary | {"khat": np.asarray(khat)}})
 
 
 def _usage_notes(method: Method, runner: Runner) -> list[str]:
@@ -248,7 +248,7 @@ def _groups(
     if key is not None:
         latent = {n: values["posterior"][n] for n in problem.structure.slots}
         flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in latent.items()}
-        drawn = runner.call(_evaluate.predictions_at, problem, flat, key, runner.mesh)
+        drawn = runner.call(_evaluate.predictions_at, problem, flat, jax.random.fold_in(key, 1), runner.mesh)
         parts["posterior_predictive"] = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in drawn.items()}
     groups = {name: posterior.group(part, labels) for name, part in parts.items()}
     return groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
@@ -305,7 +305,7 @@ def _convergence(found: Draws, group: Any) -> list[str]:
 
 def _outcome(found: Draws) -> Outcome:
     outcome = Outcome(int(found.outcome))
-    finite = all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found.positions))
+    finite = all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(found.positions))
     return Outcome.NONFINITE if outcome == Outcome.SUCCESS and not finite else outcome
 
 
@@ -335,6 +335,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

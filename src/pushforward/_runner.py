@@ -90,7 +90,7 @@ def _compile(fn: Callable, args: tuple) -> tuple[Callable, list, float]:
     leaves, tree = jax.tree.flatten(dynamic)
     fixed, fixed_tree = jax.tree.flatten(static)
     shapes = tuple((x.shape, x.dtype, getattr(x, "weak_type", False), getattr(x, "sharding", None)) for x in leaves)
-    cache_key = (fn, tree, fixed_tree, tuple(fixed), shapes, jnp.zeros(()).dtype)
+    cache_key = (fn, tree, fixed_tree, tuple(fixed), shapes, jnp.result_type(float))
     if cache_key in _compiled:
         _compiled.move_to_end(cache_key)
         return _compiled[cache_key], leaves, 0.0

@@ -1,14 +1,16 @@
 """Points that stand for N(0, I): moment-matched for optimisation, randomised for unbiased estimates."""
 
 from functools import cache
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtri
 
-from pushforward._types import Array, Float
+from pushforward._types import Array, Float, Key
 
 
+@cache
 def matched_normal(n: int, d: int) -> Float[np.ndarray, "n d"]:
     """n antithetic points with mean exactly 0 and covariance exactly I, from a scrambled Sobol sequence.
 
@@ -29,6 +31,9 @@ def matched_normal(n: int, d: int) -> Float[np.ndarray, "n d"]:
     return np.linalg.solve(root, points.T).T
 
 
+_FRESH_NUMBERS = 20_000_000
+
+
 @cache
 def sobol(n: int, d: int) -> np.ndarray:
     """n points of a scrambled Sobol sequence with a fixed seed (Owen 1998), plain uniforms in too many dimensions."""
@@ -45,16 +50,31 @@ def _normal(uniform: np.ndarray) -> np.ndarray:
     return numpy_ndtri(np.clip(uniform, 1e-12, 1 - 1e-12))
 
 
-def to_normal(uniform: Array) -> Array:
-    """Standard normals from uniforms on [0, 1), finite at 0."""
-    tiny = jnp.finfo(uniform.dtype).eps
-    return ndtri(uniform * (1 - 2 * tiny) + tiny)
+class FitNoise(NamedTuple):
+    """Noise of one fit: fixed points, replicates of fresh points, and the noise of the draws."""
+
+    matched: Float[Array, "n d"]
+    fresh: Float[Array, "replicate n d"]
+    drawn: Float[Array, "draw d"]
 
 
-def shifted_normal(shift: Float[Array, "d"], lattice: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Randomised quasi-Monte Carlo: the lattice shifted by one uniform vector (Cranley and Patterson 1976).
+def fit_noise(key: Key, n: int, d: int, draws: int) -> FitNoise:
+    """Noise of a fit, made on the host so that nothing of it is compiled.
 
-    Each point is exactly N(0, I), so averages over the points are unbiased, and independent shifts
-    give their standard error.
+    Fresh points are randomised quasi-Monte Carlo: a Sobol lattice shifted by one uniform vector per
+    replicate (Cranley and Patterson 1976). Each point is exactly N(0, I), so averages over the points
+    are unbiased, and independent shifts give their standard error.
+
+    Args:
+        key: typed JAX key.
+        n: points, even and at least 2 d.
+        d: dimension.
+        draws: rows of `drawn`.
     """
-    return to_normal(jnp.mod(lattice + shift, 1.0))
+    dtype = jnp.result_type(float)
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    replicates = int(np.clip(_FRESH_NUMBERS // (n * d), 4, 16))
+    shifts = generator.random((replicates, 1, d))
+    fresh = _normal(np.mod(sobol(n, d) + shifts, 1.0))
+    drawn = generator.standard_normal((draws, d))
+    return FitNoise(*(jnp.asarray(x, dtype) for x in (matched_normal(n, d), fresh, drawn)))

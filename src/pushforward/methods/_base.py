@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
@@ -81,6 +83,13 @@ def check_positive(owner: str, **options: Any) -> None:
             raise MethodError(f"{owner}({name}=...) takes a positive number; got {value!r}.")
 
 
+def check_fraction(owner: str, **options: Any) -> None:
+    """Refuse options that are not numbers between 0 and 1, ends excluded."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise MethodError(f"{owner}({name}=...) takes a number between 0 and 1; got {value!r}.")
+
+
 def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
     """Refuse options that are not integers of at least `minimum`."""
     for name, value in options.items():
@@ -101,6 +110,8 @@ def outcome_of(finite: Array, converged: Array | bool = True) -> Array:
     return jnp.where(finite, late, int(Outcome.NONFINITE))
 
 
-def count(number: Any) -> Array:
-    """A number of evaluations as an array."""
-    return jnp.asarray(number, jnp.result_type(float))
+def count(number: Any) -> Any:
+    """A number of evaluations as a floating array, inside `jit` and out of it."""
+    if isinstance(number, jax.Array):
+        return jnp.asarray(number, jnp.result_type(float))
+    return np.asarray(number, float)

@@ -9,13 +9,11 @@ from typing import Any, Self
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_solve
 
 from pushforward._errors import MethodError
 from pushforward._types import Array
 from pushforward.math import gaussian_approximation as equations
-from pushforward.math import points
 
 _LOG_2PI = 1.8378770664093453
 
@@ -30,10 +28,6 @@ class Covariance(eqx.Module):
     def noise_size(self, d: int) -> int:
         """Dimension of the noise that one draw of q uses."""
         return d
-
-    def matched(self, n: int, d: int) -> np.ndarray:
-        """The fixed points of the sample average."""
-        return points.matched_normal(n, self.noise_size(d))
 
 
 class Full(Covariance):

@@ -1,27 +1,27 @@
 """What log importance weights say about an approximation."""
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from pushforward._types import Array
 
 
-def evidence_summary(log_weights: Array) -> dict[str, Array]:
+def evidence_summary(log_weights: Array) -> dict[str, float]:
     """ELBO and importance-weighted evidence from replicates of log p(x, y) - log q(x).
 
     Args:
         log_weights: shape (replicate, draw); replicates are independent.
     """
-    replicates = log_weights.shape[0]
-    elbo = jnp.mean(log_weights, axis=1)
-    evidence = jax.nn.logsumexp(log_weights) - jnp.log(log_weights.size)
-    relative = jnp.mean(jnp.exp(log_weights - evidence), axis=1)
-    root = jnp.sqrt(replicates)
+    weights = np.asarray(log_weights, float)
+    root = np.sqrt(weights.shape[0])
+    elbo = weights.mean(1)
+    with np.errstate(all="ignore"):
+        evidence = weights.max() + np.log(np.mean(np.exp(weights - weights.max())))
+        relative = np.exp(weights - evidence).mean(1)
     return {
-        "elbo": jnp.mean(elbo),
-        "elbo_se": jnp.std(elbo, ddof=1) / root,
+        "elbo": elbo.mean(),
+        "elbo_se": elbo.std(ddof=1) / root,
         "log_evidence": evidence,
-        "log_evidence_se": jnp.std(relative, ddof=1) / root,
+        "log_evidence_se": relative.std(ddof=1) / root,
     }
 
 

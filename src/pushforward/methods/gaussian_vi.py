@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from pushforward import parallel
@@ -17,9 +18,8 @@ from pushforward.methods._covariance import Covariance, Diagonal, LowRank, covar
 from pushforward.methods._importance import evidence_summary, khat_warning
 from pushforward.model.inverse import InverseProblem
 
-_REPLICATES = 16
 _START_SCALE = 0.1
-_LEAST_STEP = 1e-5
+_IDLE_STEPS = 30
 
 
 class GaussianVI(Method):
@@ -47,7 +47,7 @@ class GaussianVI(Method):
 
     covariance: Covariance = eqx.field(default="full", converter=covariance_option)
     samples: int = 512
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     max_steps: int = 1000
 
     shards = "samples"
@@ -59,8 +59,18 @@ class GaussianVI(Method):
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
-        fit = _fit_low_rank if isinstance(self.covariance, LowRank) else _fit
-        return runner.call(fit, self, problem, key, draws, runner.mesh)
+        d, size = problem.dimension, self.covariance.noise_size(problem.dimension)
+        noise = points.fit_noise(key, 2 * max(self.samples // 2, 4 * size, 1), size, draws)
+        if isinstance(self.covariance, LowRank):
+            diagonal = points.fit_noise(key, 2 * max(self.samples // 2, 4 * d, 1), d, 1)
+            found = runner.call(_fit_low_rank, self, problem, key, diagonal, noise, runner.mesh)
+        else:
+            found = runner.call(_fit, self, problem, noise, runner.mesh)
+        q, summary, log_weights = jax.device_get(found)
+        outcome = _outcome(self, summary, log_weights)
+        runs = count((summary["steps"] + log_weights.shape[0]) * log_weights.shape[1])
+        summary = {k: summary[k] for k in ("elbo_fitted", "steps")} | evidence_summary(log_weights)
+        return Draws(q[None], {}, summary, np.asarray(int(outcome)), runs, runs, log_weights)
 
     def warnings(self, draws: Draws) -> list[str]:
         """Pareto k-hat above 0.7; a sample average that fits its own points."""
@@ -73,6 +83,10 @@ class GaussianVI(Method):
                 f"Increase samples (now {self.samples})."
             )
         return notes
+
+
+type _Fitted = tuple[Array, dict[str, Array], Array]
+"""Draws of q, a summary of the fit, and log weights of fresh points."""
 
 
 class _State(eqx.Module):
@@ -88,54 +102,42 @@ class _State(eqx.Module):
     elbo: Array
     gain: Array
     steps: Array
+    idle: Array
     fitted: Array
     replicate: Array
     log_weights: Array
 
 
-def _fit(method: GaussianVI, problem: InverseProblem, key: Key, draws: int, mesh: Mesh | None) -> Draws:
-    d = problem.dimension
-    # One call for all random numbers: shifts of the fresh batches and the draws' own noise.
-    uniforms = jax.random.uniform(key, (_REPLICATES + draws, d))
-    last = _climb(method, method.covariance, problem, uniforms[:_REPLICATES], mesh)
-    noise = points.to_normal(uniforms[_REPLICATES:])
-    passes = count((last.steps + _REPLICATES) * last.log_weights.shape[1])
-    summary = evidence_summary(last.log_weights) | {"elbo_fitted": last.elbo, "steps": last.steps}
-    outcome = _outcome(method, last.elbo, last.gain, last.log_weights)
-    return Draws(jax.vmap(last.family.sample)(noise)[None], {}, summary, outcome, passes, passes, last.log_weights)
+def _fit(method: GaussianVI, problem: InverseProblem, noise: points.FitNoise, mesh: Mesh | None) -> _Fitted:
+    last = _climb(method, method.covariance, problem, noise, mesh)
+    summary = {"elbo_fitted": last.elbo, "steps": last.steps, "gain": last.gain}
+    return jax.vmap(last.family.sample)(noise.drawn), summary, last.log_weights
 
 
 def _climb(
-    method: GaussianVI, covariance: Covariance, problem: InverseProblem, shifts: Array, mesh: Mesh | None
+    method: GaussianVI, covariance: Covariance, problem: InverseProblem, noise: points.FitNoise, mesh: Mesh | None
 ) -> _State:
-    """Fit q on matched points, then evaluate one batch of fresh points per row of `shifts`."""
-    d, dtype = problem.dimension, jnp.zeros(()).dtype
-    n = _points(method, d)
-    matched = jnp.asarray(covariance.matched(n, d), dtype)
-    lattice = jnp.asarray(points.sobol(n, d), dtype)
+    """Fit q on matched points, then evaluate one batch of fresh points per replicate."""
+    d, dtype = problem.dimension, noise.matched.dtype
+    replicates, n = noise.fresh.shape[:2]
     batch = parallel.vmap(jax.value_and_grad(problem.log_density), mesh)
 
     def step(s: _State) -> _State:
-        fresh = points.shifted_normal(shifts[s.replicate], lattice)
-        noise = jnp.where(s.fitted, fresh, matched)
+        e = jnp.where(s.fitted, noise.fresh[s.replicate], noise.matched)
         q = jax.tree.map(lambda a, b: jnp.where(s.fitted, a, b), s.family, s.trial)
-        values, gradients = batch(jax.vmap(q.sample)(noise))
-        improved = _improve(method, s, q, noise, values, gradients)
-        recorded = _record(s, values - jax.vmap(q.log_density)(noise))
+        values, gradients = batch(jax.vmap(q.sample)(e))
+        improved = _improve(method, s, q, e, values, gradients)
+        recorded = _record(s, values - jax.vmap(q.log_density)(e))
         return jax.tree.map(lambda a, b: jnp.where(s.fitted, a, b), recorded, improved)
 
     def unfinished(s: _State) -> Array:
-        return ~s.fitted | (s.replicate < shifts.shape[0])
+        return ~s.fitted | (s.replicate < replicates)
 
     start = covariance.start(d, _START_SCALE)
     one, zero = jnp.ones((), dtype), jnp.zeros((), int)
-    weights = jnp.zeros((shifts.shape[0], n), dtype)
-    first = _State(start, start, one, -jnp.inf * one, jnp.inf * one, zero, jnp.zeros((), bool), zero, weights)
+    weights = jnp.zeros((replicates, n), dtype)
+    first = _State(start, start, one, -jnp.inf * one, jnp.inf * one, zero, zero, jnp.zeros((), bool), zero, weights)
     return jax.lax.while_loop(unfinished, step, first)
-
-
-def _points(method: GaussianVI, noise_size: int) -> int:
-    return 2 * max(method.samples // 2, 4 * noise_size, 1)
 
 
 def _record(s: _State, weights: Array) -> _State:
@@ -157,54 +159,54 @@ def _improve(method: GaussianVI, s: _State, q: Any, noise: Array, values: Array,
     trial = jax.tree.map(lambda a, b: jnp.where(unset & ~better, a, b), narrower, proposed)
     gain = jnp.where(better, moved.gain(), s.gain)
     steps = s.steps + 1
-    fitted = (better & (gain < method.tolerance)) | (rho < _LEAST_STEP) | (steps >= method.max_steps)
+    # Rounding of the ELBO sets a floor to the gain that can be told from 0.
+    tolerance = jnp.maximum(method.tolerance, slack)
+    idle = jnp.where(better & (elbo > s.elbo + tolerance), 0, s.idle + 1)
+    fitted = (better & (gain < tolerance)) | (idle >= _IDLE_STEPS) | (steps >= method.max_steps)
     elbo = jnp.where(better, elbo, s.elbo)
-    return _State(accepted, trial, rho, elbo, gain, steps, fitted, s.replicate, s.log_weights)
+    return _State(accepted, trial, rho, elbo, gain, steps, idle, fitted, s.replicate, s.log_weights)
 
 
-def _outcome(method: GaussianVI, elbo: Array, gain: Array, log_weights: Array) -> Array:
+def _outcome(method: GaussianVI, summary: dict[str, np.ndarray], log_weights: np.ndarray) -> Outcome:
     """Converged if little is left to gain; a step that cannot be improved in floating point is no failure."""
-    slack = 1e3 * jnp.finfo(elbo.dtype).eps * jnp.abs(elbo)
-    late = gain > jnp.maximum(jnp.maximum(method.tolerance, 1e-3), slack)
-    lost = jnp.where(late, int(Outcome.MAXIMUM_STEPS), int(Outcome.SUCCESS))
-    bad = jnp.where(jnp.isfinite(elbo), int(Outcome.NONFINITE), int(Outcome.NONFINITE_START))
-    return jnp.where(jnp.all(jnp.isfinite(log_weights)), lost, bad)
+    elbo = summary["elbo_fitted"]
+    if not np.isfinite(elbo):
+        return Outcome.NONFINITE_START
+    if not np.isfinite(log_weights).all():
+        return Outcome.NONFINITE
+    slack = max(10 * method.tolerance, 1e-3, 1e3 * np.finfo(elbo.dtype).eps * abs(elbo))
+    return Outcome.MAXIMUM_STEPS if summary["gain"] > slack else Outcome.SUCCESS
 
 
-def _fit_low_rank(method: GaussianVI, problem: InverseProblem, key: Key, draws: int, mesh: Mesh | None) -> Draws:
+def _fit_low_rank(
+    method: GaussianVI,
+    problem: InverseProblem,
+    key: Key,
+    diagonal: points.FitNoise,
+    noise: points.FitNoise,
+    mesh: Mesh | None,
+) -> _Fitted:
     """The diagonal optimum, then L-BFGS over mean, diagonal and factor in coordinates scaled by it."""
     import optimistix as optx
 
-    d, dtype = problem.dimension, jnp.zeros(()).dtype
-    first_key, tilt_key, shift_key, draw_key = jax.random.split(key, 4)
-    scaled = _climb(method, Diagonal(), problem, jax.random.uniform(first_key, (1, d)), mesh).family
-    size = method.covariance.noise_size(d)
-    n = _points(method, size)
-    matched = jnp.asarray(method.covariance.matched(n, d), dtype)
+    scaled = _climb(method, Diagonal(), problem, diagonal, mesh).family
     batch = parallel.vmap(lambda x: problem.log_density(scaled.mean + scaled.root * x), mesh)
     offset = jnp.sum(jnp.log(scaled.root))
 
     def negative_elbo(q: Any, _: None) -> Array:
-        return -(jnp.mean(batch(jax.vmap(q.sample)(matched))) + offset + q.entropy())
+        return -(jnp.mean(batch(jax.vmap(q.sample)(noise.matched))) + offset + q.entropy())
 
-    start = method.covariance.start(d, 1.0)
-    tilt = 0.1 * jax.random.normal(tilt_key, start.factor.shape, dtype)
+    start = method.covariance.start(problem.dimension, 1.0)
+    tilt = 0.1 * jax.random.normal(key, start.factor.shape)
+    start = eqx.tree_at(lambda q: q.factor, start, tilt)
     solver = optx.LBFGS(rtol=method.tolerance, atol=method.tolerance)
-    found = optx.minimise(
-        negative_elbo, solver, eqx.tree_at(lambda q: q.factor, start, tilt), max_steps=method.max_steps, throw=False
-    )
+    found = optx.minimise(negative_elbo, solver, start, max_steps=method.max_steps, throw=False)
     q = found.value
 
-    def replicate(shift: Array) -> Array:
-        noise = points.shifted_normal(shift, jnp.asarray(points.sobol(n, size), dtype))
-        return batch(jax.vmap(q.sample)(noise)) + offset - jax.vmap(q.log_density)(noise)
+    def replicate(e: Array) -> Array:
+        return batch(jax.vmap(q.sample)(e)) + offset - jax.vmap(q.log_density)(e)
 
-    log_weights = jax.lax.map(replicate, jax.random.uniform(shift_key, (_REPLICATES, size)))
-    z = jax.vmap(q.sample)(jax.random.normal(draw_key, (draws, size), dtype))
-    steps = found.stats["num_steps"]
-    summary = evidence_summary(log_weights) | {"elbo_fitted": -negative_elbo(q, None), "steps": steps}
-    converged = jnp.where(found.result == optx.RESULTS.successful, int(Outcome.SUCCESS), int(Outcome.MAXIMUM_STEPS))
-    outcome = jnp.where(jnp.all(jnp.isfinite(log_weights)), converged, int(Outcome.NONFINITE))
-    runs = count((steps + _REPLICATES) * n)
-    positions = scaled.mean + scaled.root * z
-    return Draws(positions[None], {}, summary, outcome, runs, count(steps * n), log_weights)
+    log_weights = jax.lax.map(replicate, noise.fresh)
+    gain = jnp.where(found.result == optx.RESULTS.successful, 0.0, jnp.inf)
+    summary = {"elbo_fitted": -negative_elbo(q, None), "steps": found.stats["num_steps"], "gain": gain}
+    return scaled.mean + scaled.root * jax.vmap(q.sample)(noise.drawn), summary, log_weights

@@ -8,7 +8,6 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from pushforward._errors import Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.math.points import to_normal
 from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
 from pushforward.model.inverse import InverseProblem
 
@@ -70,7 +69,7 @@ def _run(method: Laplace, problem: InverseProblem, key: Key, draws: int) -> Draw
     curvature = _gauss_newton if method.curvature == "gauss_newton" else _hessian
     z, root, value, newton = _polish(problem, found.value, curvature)
     # N(z, H^-1) with H = root root^T is sampled by solving with the transposed root.
-    noise = to_normal(jax.random.uniform(key, (draws, d)))
+    noise = jax.random.normal(key, (draws, d))
     positions = z + jax.vmap(lambda e: solve_triangular(root, e, lower=True, trans=1))(noise)
     evidence = value + 0.5 * d * jnp.log(2 * jnp.pi) - jnp.sum(jnp.log(jnp.diagonal(root)))
     steps = found.stats["num_steps"]

@@ -13,7 +13,7 @@ from pushforward import parallel
 from pushforward._errors import Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
+from pushforward.methods._base import Draws, Method, check_choice, check_fraction, check_integer, count
 from pushforward.model.inverse import InverseProblem
 
 _COORDINATES = ("numpyro", "z")
@@ -54,11 +54,9 @@ class NUTS(Method):
     def __check_init__(self):
         check_integer("NUTS", 1, chains=self.chains, max_tree_depth=self.max_tree_depth)
         check_integer("NUTS", 0, warmup=self.warmup)
-        check_positive("NUTS", target_acceptance=self.target_acceptance)
+        check_fraction("NUTS", target_acceptance=self.target_acceptance)
         check_choice("NUTS", _COORDINATES, coordinates=self.coordinates)
         check_choice("NUTS", _MASSES, mass_matrix=self.mass_matrix)
-        if self.target_acceptance >= 1:
-            check_choice("NUTS", ("a number below 1",), target_acceptance=self.target_acceptance)
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""

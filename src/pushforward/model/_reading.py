@@ -75,7 +75,7 @@ def read(model: Model, args: tuple, kwargs: dict, observed: tuple[str, ...] | No
     """Return the structure of a model, read or remembered, and its traced arrays."""
     named = _check_names(observed)
     content = fingerprint(model)
-    precision = jnp.zeros(()).dtype.name
+    precision = jnp.result_type(float).name
     for constant in (False, True):
         arguments = split(args, kwargs, constant=constant)
         cache_key = (content, arguments.static, named, precision)

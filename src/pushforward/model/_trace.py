@@ -278,7 +278,7 @@ def unsupported(site: dict) -> str | None:
             f"numpyro.sample('{name}', ...), or fix it with "
             f"numpyro.handlers.substitute(model, {{'{name}': value}})."
         )
-    if kind == "plate" and site["args"][0] != site["args"][1]:
+    if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
         size, part = site["args"]
         return (
             f"plate '{name}' subsamples {part} of {size} rows; inference uses all data. "

@@ -1,0 +1,66 @@
+# Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+# To name the interpreter: make PYTHON=/path/to/python3.12 install
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+WORKERS ?= 2
+REDUCED := PUSHFORWARD_REDUCED=1
+export MPLBACKEND := Agg
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full check docs notebooks notebooks-full bench clean
+
+help:
+	@echo "make install     create .venv with pushforward and the versions of constraints.txt"
+	@echo "make demo        Lotka-Volterra on real data: table, netCDF and plots under out/"
+	@echo "make test        all tests but the slow ones (at most 10 minutes on 2 cores)"
+	@echo "make test-full   slow tests, notebooks at full size, figures into docs/benchmarks.md"
+	@echo "make check       ruff, formatting, pyright"
+	@echo "make docs        the documentation site, into site/"
+	@echo "make notebooks   the notebooks at reduced size, as a check"
+	@echo "make bench       speed"
+	@echo "make clean       remove what the other targets made"
+
+install: $(STAMP)
+
+# The stamp lies inside .venv, so that removing .venv is enough to start anew.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$(./.ci/find-python) && { [ -x $(BIN)/python ] || "$$python" -m venv .venv; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[examples,docs,bench,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/lynx_hare.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-full: $(STAMP) notebooks-full
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	@if [ -f benchmarks/full.py ]; then $(BIN)/python -m benchmarks.full; fi
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_pages.py
+	$(BIN)/mkdocs build --strict --quiet
+
+# Reduced copies go to out/: the notebooks in the repository keep the outputs of a full run.
+notebooks: $(STAMP)
+	mkdir -p out/notebooks
+	$(REDUCED) $(BIN)/jupyter-nbconvert --to notebook --execute --output-dir out/notebooks notebooks/*.ipynb
+
+notebooks-full: $(STAMP)
+	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.speed
+
+clean:
+	rm -rf .venv site out dist .pytest_cache .ruff_cache docs/notebooks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
