@@ -19,8 +19,8 @@ FLOOR = 0.05
 
 
 def stein_curvature(root: Float[Array, "d d"], gradients: Array, noise: Array) -> Float[Array, "d d"]:
-    """M from gradients and noise of shape (n, d), by Stein's identity."""
-    moment = root.T @ (gradients.T @ noise) / noise.shape[0]
+    """M from noise and gradients, each gradient times the weight of its point, of shape (n, d); Stein's identity."""
+    moment = root.T @ (gradients.T @ noise)
     return -0.5 * (moment + moment.T)
 
 

@@ -112,7 +112,7 @@ class _Stepping(Family):
 
     @abc.abstractmethod
     def with_moments(self, gradients: Array, noise: Array) -> Self:
-        """The same q with u and M from gradients at its points."""
+        """The same q with u and M from weighted gradients at its points."""
 
     @abc.abstractmethod
     def step(self, rho: Array) -> Self:
@@ -145,7 +145,7 @@ class FullFamily(_Stepping):
 
     def with_moments(self, gradients: Array, noise: Array) -> Self:
         """See `_Stepping.with_moments`."""
-        u = self.root.T @ jnp.mean(gradients, 0)
+        u = self.root.T @ jnp.sum(gradients, 0)
         return type(self)(self.mean, self.root, u, equations.stein_curvature(self.root, gradients, noise))
 
     def step(self, rho: Array) -> Self:
@@ -181,8 +181,8 @@ class DiagonalFamily(_Stepping):
 
     def with_moments(self, gradients: Array, noise: Array) -> Self:
         """See `_Stepping.with_moments`."""
-        u = self.root * jnp.mean(gradients, 0)
-        return type(self)(self.mean, self.root, u, -self.root * jnp.mean(gradients * noise, 0))
+        u = self.root * jnp.sum(gradients, 0)
+        return type(self)(self.mean, self.root, u, -self.root * jnp.sum(gradients * noise, 0))
 
     def step(self, rho: Array) -> Self:
         """See `_Stepping.step`."""

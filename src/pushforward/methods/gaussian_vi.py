@@ -126,7 +126,7 @@ def _climb(
         e = jnp.where(s.fitted, noise.fresh[s.replicate], noise.matched)
         q = jax.tree.map(lambda a, b: jnp.where(s.fitted, a, b), s.family, s.trial)
         values, gradients = batch(jax.vmap(q.sample)(e))
-        improved = _improve(method, s, q, e, values, gradients)
+        improved = _improve(method, s, q, e, noise.weights, values, gradients)
         recorded = _record(s, values - jax.vmap(q.log_density)(e))
         return jax.tree.map(lambda a, b: jnp.where(s.fitted, a, b), recorded, improved)
 
@@ -146,13 +146,15 @@ def _record(s: _State, weights: Array) -> _State:
     return eqx.tree_at(lambda t: (t.replicate, t.log_weights), s, (s.replicate + 1, log_weights))
 
 
-def _improve(method: GaussianVI, s: _State, q: Any, noise: Array, values: Array, gradients: Array) -> _State:
+def _improve(
+    method: GaussianVI, s: _State, q: Any, noise: Array, weights: Array, values: Array, gradients: Array
+) -> _State:
     """Accept the trial if the ELBO did not fall, and propose the next step; else halve the step."""
-    elbo = jnp.mean(values) + q.entropy()
+    elbo = weights @ values + q.entropy()
     slack = 20 * jnp.finfo(elbo.dtype).eps * jnp.abs(elbo)
     better = jnp.isfinite(elbo) & jnp.all(jnp.isfinite(gradients)) & (elbo >= s.elbo - slack)
     unset = ~jnp.isfinite(s.elbo)
-    moved = q.with_moments(gradients, noise)
+    moved = q.with_moments(weights[:, None] * gradients, noise)
     accepted = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, s.family)
     rho = jnp.where(better, jnp.minimum(1.0, 2 * s.rho), s.rho / 2)
     proposed, narrower = accepted.step(rho), s.trial.shrunk()
@@ -194,7 +196,7 @@ def _fit_low_rank(
     offset = jnp.sum(jnp.log(scaled.root))
 
     def negative_elbo(q: Any, _: None) -> Array:
-        return -(jnp.mean(batch(jax.vmap(q.sample)(noise.matched))) + offset + q.entropy())
+        return -(noise.weights @ batch(jax.vmap(q.sample)(noise.matched)) + offset + q.entropy())
 
     start = method.covariance.start(problem.dimension, 1.0)
     tilt = 0.1 * jax.random.normal(key, start.factor.shape)

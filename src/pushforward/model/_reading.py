@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to
 
-from pushforward._errors import ArgumentError, DataError, ModelError
+from pushforward._errors import ArgumentError, DataError, ModelError, PushforwardError
 from pushforward._types import Array, Model
 from pushforward.model import _trace, coordinates
 from pushforward.model._arguments import Arguments, split
-from pushforward.model._fingerprint import fingerprint
+from pushforward.model._fingerprint import array_digest, fingerprint
+from pushforward.model._laws import broadcast_shape, concrete_support, innermost, outside_domain
 from pushforward.model._missing import missing_kind
 
 _NEEDS_VALUES = (
@@ -30,7 +33,11 @@ _structures: "OrderedDict[Any, Structure]" = OrderedDict()
 
 @dataclass(frozen=True)
 class Site:
-    """What was read about one site. `dims` names its axes where plates or a `scan` do."""
+    """What was read about one site.
+
+    `dims` names its axes where plates or a `scan` do; `broadcast` is the shape of data once NumPyro has
+    broadcast them against their law.
+    """
 
     name: str
     role: str
@@ -42,6 +49,7 @@ class Site:
     support: Any = None
     event_dim: int = 0
     missing: str = "elements"
+    broadcast: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -89,8 +97,8 @@ def read(model: Model, args: tuple, kwargs: dict, observed: tuple[str, ...] | No
             if constant or not arguments.arrays:
                 raise ModelError(
                     "the model's Python code branches on, or takes the length of, a value that depends on a latent "
-                    "site. Write the branch with jax.numpy.where or jax.lax.cond. JAX said: "
-                    + str(error).splitlines()[0]
+                    f"site ({error.__notes__[-1]}). Write the branch with jax.numpy.where or "
+                    f"jax.lax.cond. JAX said: {str(error).splitlines()[0]}"
                 ) from error
             continue
         if constant and any(hasattr(x, "shape") for x in jax.tree.leaves((args, kwargs))):
@@ -118,7 +126,7 @@ def _check_names(observed: Any) -> tuple[str, ...]:
 def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
     """Trace the model twice without computing, and keep what the first said."""
     first, jaxpr, names = _inspect(structure, arrays, named)
-    second, _, _ = _inspect(structure, arrays, named)
+    second, again, _ = _inspect(structure, arrays, named)
     if [(s.name, s.role, s.shape) for s in first] != [(s.name, s.role, s.shape) for s in second]:
         changed = sorted({s.name for s in first} ^ {s.name for s in second}) or [
             a.name for a, b in zip(first, second, strict=True) if a != b
@@ -127,13 +135,18 @@ def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
             f"the model changes from run to run: sites {changed} differ between two runs. Draw random numbers with "
             "numpyro.sample, and keep no state outside the model."
         )
+    if _constants(jaxpr) != _constants(again):
+        raise ModelError(
+            f"the model changes from run to run: a constant in it (sites {[s.name for s in first]}) differs between "
+            "two runs. Draw random numbers with numpyro.sample, and keep no state outside the model."
+        )
     structure.sites = {site.name: site for site in first}
     missing = [n for n in named if n not in structure.sites]
     if missing:
         raise DataError(f"observed= names {missing[0]!r}, but the model has the sites {list(structure.sites)}.")
     structure.data = frozenset(s.name for s in first if s.role == "data")
     inputs = {id(v): i for i, v in enumerate(jaxpr.jaxpr.invars)}
-    direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars]
+    direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars[: len(names)]]
     if all(index is not None for index in direct):
         structure.passed_through = dict(zip(names, direct, strict=True))
 
@@ -144,29 +157,81 @@ def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tup
     sites: list[Site] = []
     names: list[str] = []
 
+    reached: list[str] = []
+
     def assign(site: dict) -> Array | None:
+        if site["type"] == "sample":
+            reached.append(site["name"])
         if site["type"] != "sample" or site["is_observed"]:
             return None
         if site["name"] in named:
             return jnp.zeros(_trace.site_law(site).shape())
         return _record(site, bodies)
 
-    def body(values: tuple) -> dict[str, Array]:
+    def body(values: tuple) -> tuple[list[Array], list[Array]]:
         trace = _trace.run(structure.call(values), assign, fill_missing=False)
-        for site in trace.values():
-            reason = _trace.unsupported(site)
-            if reason:
-                raise ModelError(reason)
         kept = [s for s in trace.values() if _is_site(s)]
         sites.extend(_describe(s, bodies.get(s["name"]), named) for s in kept)
         if not structure.slots:
             structure.slots = _layout(kept, bodies)
-        given = [s for s in kept if s["type"] == "sample" and s["is_observed"] and not _is_factor(s)]
-        names.extend(s["name"] for s in given)
-        return [s["value"] for s in given]
+        given = [s["name"] for s in kept if s["type"] == "sample" and s["is_observed"] and not _is_factor(s)]
+        names.extend(given)
+        return [trace[n]["value"] for n in given], [s["value"] for s in kept if s["name"] not in given]
 
-    jaxpr = jax.make_jaxpr(body)(arrays)
+    try:
+        # NumPyro's own validation says neither which site nor which value; `_describe` does.
+        with numpyro.validation_enabled(False):
+            jaxpr = jax.make_jaxpr(body)(arrays)
+    except PushforwardError:
+        raise
+    except _NEEDS_VALUES as error:
+        error.add_note(_place(reached))
+        raise
+    except Exception as error:
+        raise _stopped(error, reached, arrays) from error
+    if any(isinstance(c, jax.core.Tracer) for c in jaxpr.consts):
+        raise _hidden(reached)
     return sites, jaxpr, names
+
+
+def _place(reached: list[str]) -> str:
+    return f"after site '{reached[-1]}'" if reached else "before the first site"
+
+
+def _stopped(error: Exception, reached: list[str], arrays: tuple) -> ModelError:
+    """What to say where the user's model, or NumPyro in it, raised."""
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return _hidden(reached)
+    shapes = ", ".join(str(tuple(a.shape)) for a in arrays) or "none"
+    said = (str(error).splitlines() or [""])[0].rstrip(".")
+    return ModelError(
+        f"the model stopped {_place(reached)} with {type(error).__name__}: {said}. "
+        f"Look at the statement that follows, and at the shapes of the arguments (arrays of shape {shapes} were given)."
+    )
+
+
+def _hidden(reached: list[str]) -> ModelError:
+    return ModelError(
+        f"one of the sites {reached} stands inside jax.lax.scan, jax.vmap, jax.jit or another transformation of JAX, "
+        "which hides it. Use numpyro.contrib.control_flow.scan or numpyro.plate, and keep jit for functions without "
+        "sites."
+    )
+
+
+def _constants(jaxpr: Any) -> list:
+    """Contents of the constants of a program, inner programs included."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    found = [array_digest(c) for c in getattr(jaxpr, "consts", ())]
+    for equation in inner.eqns:
+        found += [repr(v.val) for v in equation.invars if isinstance(v, jax.extend.core.Literal)]
+        for parameter in jax.tree.leaves(equation.params, is_leaf=_is_program):
+            if _is_program(parameter):
+                found += _constants(parameter)
+    return found
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
 
 
 def _is_site(site: dict) -> bool:
@@ -220,28 +285,29 @@ def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -
     if site["type"] == "deterministic":
         return Site(name, "data" if name in named else "deterministic", "", shape, (None,) * len(shape))
     law = site["fn"]
-    kind = type(_innermost(law)).__name__
+    kind = type(innermost(law)).__name__
     if _is_factor(site):
         return Site(name, "factor", "factor", shape, (None,) * len(shape))
     in_scan = bool(site.get("_control_flow_done"))
-    dims = _dims(site, shape, in_scan)
+    _check_parameters(site)
     if site["is_observed"] or name in named:
-        return Site(name, "data", kind, shape, dims, "", True, _concrete(law.support), law.event_dim, missing_kind(law))
+        full = broadcast_shape(name, law, shape)
+        dims, support = _dims(site, shape, in_scan), concrete_support(law)
+        return Site(name, "data", kind, shape, dims, "", True, support, law.event_dim, missing_kind(law), full)
+    dims = _dims(site, shape, in_scan)
     if body is not None and in_scan and isinstance(law, dist.MaskedDistribution):
         _trace.check_latent(site)
     details = body or {"map": "", "exact": True}
     return Site(name, "parameter", kind, shape, dims, details["map"], details["exact"], None, law.event_dim)
 
 
-def _concrete(support: Any) -> Any:
-    """The support if it does not depend on other sites or arguments, else None."""
-    return None if any(isinstance(x, jax.Array) for x in jax.tree.leaves(support)) else support
-
-
-def _innermost(law: dist.Distribution) -> dist.Distribution:
-    while isinstance(law, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
-        law = law.base_dist
-    return law
+def _check_parameters(site: dict) -> None:
+    for parameter, value in outside_domain(site["fn"]):
+        kind, law = (DataError, "noise") if site["is_observed"] else (ModelError, "prior")
+        raise kind(
+            f"the {law} of site '{site['name']}' ({type(innermost(site['fn'])).__name__}) is not usable: its "
+            f"{parameter} is {value:.6g}, outside its domain."
+        )
 
 
 def _dims(site: dict, shape: tuple[int, ...], in_scan: bool) -> tuple[str | None, ...]:

@@ -17,13 +17,14 @@ from zlib import crc32
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.interpreters.partial_eval import dce_jaxpr
 from numpyro import handlers
 from numpyro.distributions import biject_to
-from numpyro.ops.provenance import eval_provenance
 
-from pushforward._errors import ModelError
+from pushforward._errors import DataError, ModelError
 from pushforward._types import Array
 from pushforward.model import coordinates
 from pushforward.model._missing import without_missing
@@ -32,6 +33,7 @@ Call = Callable[[], Any]
 Assign = Callable[[dict], Array | None]
 
 _CORRECTION = "_pushforward_correction_"
+_LAST_STEP = "_pushforward_last_step"
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,12 @@ def _log_prob(site: dict) -> Array:
 
 
 class _Prepared(numpyro.primitives.Messenger):
-    """Fills missing data, and gives the imputed part of an `obs_mask` site its whole prior.
+    """Refuses what cannot be read, fills missing data, and sets right three things.
 
     `obs_mask` splits a site into `<name>_observed` and `<name>_unobserved`, the second with the
-    observed elements masked; their prior would be improper although nothing depends on them.
+    observed elements masked; their prior would be improper although nothing depends on them: it gets
+    its whole prior. `handlers.scale` around a latent site scales its density, not the Jacobian of its
+    coordinates. The body of a `scan` is hidden from handlers outside, and is given one of its own.
     """
 
     def __init__(self, fn: Call, fill_missing: bool = True):
@@ -129,14 +133,48 @@ class _Prepared(numpyro.primitives.Messenger):
         self.fill_missing = fill_missing
 
     def process_message(self, msg: dict) -> None:
+        refuse(msg)
+        if msg["type"] == "control_flow" and len(msg["args"]) == 5:
+            msg["args"] = _with_body(*msg["args"])
         if msg["type"] != "sample":
             return
         fn, value = msg["fn"], msg["value"]
-        if not msg["is_observed"]:
+        if isinstance(fn, dist.Unit):
+            if _is_jacobian(msg["name"]):
+                msg["scale"] = None
+        elif not msg["is_observed"]:
             if msg["name"].endswith("_unobserved") and isinstance(fn, dist.MaskedDistribution):
                 msg["fn"] = fn.base_dist
-        elif self.fill_missing and not isinstance(fn, dist.Unit) and _is_float(value):
+        elif self.fill_missing and _is_float(value):
             msg["fn"], msg["value"] = without_missing(fn, jnp.asarray(value))
+
+
+class _Body(numpyro.primitives.Messenger):
+    """Stands inside the body of a `scan`; tells sites of a reversed scan the index of the last step."""
+
+    def __init__(self, fn: Callable, last: int | None):
+        super().__init__(fn)
+        self.last = last
+
+    def process_message(self, msg: dict) -> None:
+        refuse(msg)
+        if msg["type"] == "control_flow":
+            raise ModelError(
+                "the model has a numpyro scan or cond inside the body of a scan, which NumPyro does not support. Use "
+                "jax.lax.scan or jax.lax.cond for an inner loop without sites, or flatten the two loops into one."
+            )
+        if msg["type"] == "sample" and self.last is not None:
+            msg["infer"] = msg["infer"] | {_LAST_STEP: self.last}
+
+
+def _with_body(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool) -> tuple:
+    steps = jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
+    return _Body(f, steps - 1 if reverse else None), init, xs, length, reverse
+
+
+def _is_jacobian(name: str) -> bool:
+    """Whether a factor is a change of variables: ours, or that of NumPyro's unconstrained coordinates."""
+    return name.startswith(_CORRECTION) or (name.startswith("_") and name.endswith("_log_det"))
 
 
 def _is_float(value: Any) -> bool:
@@ -150,17 +188,27 @@ def site_law(site: dict) -> dist.Distribution:
 
 
 def _at_step(site: dict, series: Array, in_scan: bool) -> Array:
+    """The entry of a series that the site's step needs, counted in the order of the run."""
     return series[site["infer"]["_scan_current_index"]] if in_scan else series
 
 
-def from_noise(slots: Mapping[str, Slot], z: Array) -> Assign:
-    """Latent sites as the pushforward of noise `z` of shape (d,)."""
+def _at_time(site: dict, series: Array, in_scan: bool) -> Array:
+    """The same in the order of the data, which a reversed scan runs through backwards."""
+    if not in_scan:
+        return series
+    step, last = site["infer"]["_scan_current_index"], site["infer"].get(_LAST_STEP)
+    return series[step if last is None else last - step]
+
+
+def from_noise(slots: Mapping[str, Slot], z: Array | Mapping[str, Array]) -> Assign:
+    """Latent sites as the pushforward of noise `z` of shape (d,), or of one array for each slot."""
 
     def assign(site: dict) -> Array | None:
         slot = slots.get(site["name"])
         if slot is None or site["type"] != "sample":
             return None
-        flat = jax.lax.slice_in_dim(z, slot.offset, slot.offset + slot.size)
+        whole = isinstance(z, Mapping)
+        flat = z[slot.name] if whole else jax.lax.slice_in_dim(z, slot.offset, slot.offset + slot.size)
         noise = _at_step(site, flat.reshape(slot.shape), slot.steps is not None)
         law = site_law(site)
         value = coordinates.push(law, noise)
@@ -192,7 +240,7 @@ def from_values(slots: Mapping[str, Slot], values: Mapping[str, Array]) -> Assig
         if site["type"] != "sample" or site["name"] not in values:
             return None
         in_scan = slots[site["name"]].steps is not None
-        return _at_step(site, values[site["name"]], in_scan)
+        return _at_time(site, values[site["name"]], in_scan)
 
     return assign
 
@@ -211,6 +259,18 @@ def simulating(assign: Assign, data: frozenset[str], key: Array) -> Assign:
         if step is not None:
             site_key = jax.random.fold_in(site_key, step)
         return _sample_like(site, site_key)
+
+    return extended
+
+
+def with_data(assign: Assign, data: frozenset[str]) -> Assign:
+    """Like `assign`, with data that no argument observes set to zero."""
+
+    def extended(site: dict) -> Array | None:
+        value = assign(site)
+        if value is None and site["type"] == "sample" and site["name"] in data and not site["is_observed"]:
+            return jnp.zeros(site_law(site).shape())
+        return value
 
     return extended
 
@@ -241,24 +301,51 @@ def dependence(call: Call, slots: Mapping[str, Slot], z: Array, names: tuple[str
     """
     base = from_noise(slots, z)
     observed = run(call, base, fill_missing=False)
+    for site in observed.values():
+        if site["type"] in ("sample", "deterministic") and any(map(_has_nan, _inputs(site))):
+            raise DataError(
+                f"data {list(names)} have missing values, and site '{site['name']}' becomes NaN by them. Impute them "
+                f"with numpyro.sample('{names[0]}', ..., obs=..., obs_mask=...) and use its result, or keep NaN out of "
+                "all other arguments and of what is computed from the data."
+            )
     values = {name: observed[name]["value"] for name in names}
 
     def others(**data: Array) -> dict[str, list]:
         def assign(site: dict) -> Array | None:
             if site["name"] in data and site["type"] == "sample":
-                step = site["infer"].get("_scan_current_index")
-                return data[site["name"]] if step is None else data[site["name"]][step]
+                return _at_time(site, data[site["name"]], "_scan_current_index" in site["infer"])
             return base(site)
 
         trace = run(call, assign, fill_missing=False)
         return {n: _inputs(s) for n, s in trace.items() if s["type"] in ("sample", "deterministic")}
 
-    found = eval_provenance(others, **values)
-    return {n: set().union(*jax.tree.leaves(v, is_leaf=_is_frozen)) for n, v in found.items()}
+    return data_flow(others, values)
 
 
-def _is_frozen(value: Any) -> bool:
-    return isinstance(value, frozenset)
+def data_flow(fn: Callable, values: dict[str, Array]) -> dict[str, set[str]]:
+    """Which of the named `values` each output of `fn(**values)` depends on.
+
+    An input counts where it survives dead-code elimination, inside `jit`, `scan` and `cond` too.
+    """
+    outputs: list[tuple[str, int]] = []
+
+    def flat(given: list[Array]) -> list[Array]:
+        parts = {n: jax.tree.leaves(v) for n, v in fn(**dict(zip(values, given, strict=True))).items()}
+        outputs.extend((n, len(leaves)) for n, leaves in parts.items())
+        return [leaf for leaves in parts.values() for leaf in leaves]
+
+    program = jax.make_jaxpr(flat)(list(values.values())).jaxpr
+    found, start = {}, 0
+    for name, length in outputs:
+        wanted = [start <= i < start + length for i in range(len(program.outvars))]
+        _, used = dce_jaxpr(program, wanted)
+        found[name] = {source for source, u in zip(values, used, strict=True) if u}
+        start += length
+    return found
+
+
+def _has_nan(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.any(jnp.isnan(array)))
 
 
 def _inputs(site: dict) -> list:
@@ -269,32 +356,53 @@ def _inputs(site: dict) -> list:
     return arrays if site["is_observed"] else [*arrays, site["value"]]
 
 
-def unsupported(site: dict) -> str | None:
-    """Why a message other than a sample or deterministic site cannot be read, or None."""
-    name, kind = site["name"], site["type"]
-    if kind == "param":
-        return (
+def refuse(msg: dict) -> None:
+    """Raise where a message cannot be read, before NumPyro handles it."""
+    kind, value = msg["type"], msg.get("value")
+    name = msg.get("name")
+    if kind == "param" and value is None:
+        raise ModelError(
             f"site '{name}' is a numpyro.param, which has no prior. Give it one with "
             f"numpyro.sample('{name}', ...), or fix it with "
             f"numpyro.handlers.substitute(model, {{'{name}': value}})."
         )
-    if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
-        size, part = site["args"]
-        return (
+    if kind == "plate" and value is None:
+        size, part = msg["args"]
+        raise ModelError(
             f"plate '{name}' subsamples {part} of {size} rows; inference uses all data. "
             "Drop subsample_size (batch_size= of a method bounds memory)."
         )
     if kind in ("mutable", "prng_key"):
-        return (
-            f"site '{name}' is numpyro.{kind}, so the model changes from run to run. "
-            "Make its value an argument of the model."
+        raise ModelError(
+            f"the model calls numpyro.{kind}{'' if name is None else f' ({name!r})'}, so it changes from run to run. "
+            "Draw random numbers with numpyro.sample, or make them an argument of the model."
         )
-    return None
+    if kind == "sample" and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit):
+        _check_array(name, value)
+
+
+def _check_array(name: str, value: Any) -> None:
+    if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float):
+        dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
+        if dtype.kind in "biuf" or isinstance(value, jax.Array) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            return
+        given = f"an array of {dtype}"
+    else:
+        given = f"a {type(value).__name__}"
+    raise DataError(
+        f"data '{name}' are {given}, where an array of real numbers is needed. Convert them with "
+        "numpy.asarray(..., dtype=float) before they reach obs=."
+    )
 
 
 def check_latent(site: dict) -> None:
     """Raise `ModelError` where a latent site has no continuous, proper law."""
     name, law = site["name"], site["fn"]
+    if "_scan_current_index" in site["infer"] and site["kwargs"].get("sample_shape"):
+        raise ModelError(
+            f"latent site '{name}' stands in a scan and has a sample_shape, which NumPyro cannot give a density there. "
+            f"Write numpyro.sample('{name}', distribution.expand({list(site['kwargs']['sample_shape'])}))."
+        )
     if law.is_discrete:
         raise ModelError(
             f"latent site '{name}' ({type(law).__name__}) is discrete. Sum it out by hand "

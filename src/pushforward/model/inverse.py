@@ -10,12 +10,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 
 from pushforward._errors import DataError
 from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
 from pushforward.model import _trace
 from pushforward.model._arguments import check_model
+from pushforward.model._laws import innermost, outside_domain
 from pushforward.model._reading import Site, Structure, read
 
 
@@ -135,8 +137,8 @@ class InverseProblem(eqx.Module):
 
     def forward(self, z: Noise) -> "GaussianPrediction":
         """Prediction and noise of the observed sites at ``z``, where the likelihood is Gaussian."""
-        trace = _trace.run(self._call, _trace.from_noise(self.structure.slots, z), fill_missing=False)
-        laws = {n: (s["fn"], s["value"]) for n, s in trace.items() if n in self.structure.data}
+        trace = self._with_laws(z)
+        laws = {n: (s["fn"], s["value"]) for n, s in trace.items() if n in self.structure.data and "fn" in s}
         return GaussianPrediction(
             {n: jnp.broadcast_to(_mean(law), jnp.shape(v)) for n, (law, v) in laws.items()},
             {n: _noise(law, jnp.shape(v)) for n, (law, v) in laws.items()},
@@ -145,8 +147,7 @@ class InverseProblem(eqx.Module):
 
     def why_not_gaussian(self) -> str | None:
         """Why `forward` does not describe the likelihood, or None where it does."""
-        trace = eqx.filter_eval_shape(self._observed_laws)
-        for name, reason in trace.items():
+        for name, reason in eqx.filter_eval_shape(self._observed_laws).items():
             if reason is not None:
                 return f"site '{name}' {reason}"
         moving = _moving_noise(self)
@@ -158,10 +159,15 @@ class InverseProblem(eqx.Module):
         return None
 
     def _observed_laws(self) -> dict[str, str | None]:
-        z = jnp.zeros(self.dimension)
-        trace = _trace.run(self._call, _trace.from_noise(self.structure.slots, z), fill_missing=False)
-        found = {n: _gaussian_reason(s) for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+        trace = self._with_laws(jnp.zeros(self.dimension))
+        data = self.structure.data
+        found = {n: _gaussian_reason(s) for n, s in trace.items() if n in data or s.get("is_observed")}
         return {n: r for n, r in found.items() if not n.startswith(_trace._CORRECTION)}
+
+    def _with_laws(self, z: Noise) -> dict[str, dict]:
+        """Trace at ``z`` with data as given, missing values included, and 0 where none are given."""
+        assign = _trace.with_data(_trace.from_noise(self.structure.slots, z), self.structure.data)
+        return _trace.run(self._call, assign, fill_missing=False)
 
 
 class GaussianPrediction(eqx.Module):
@@ -187,6 +193,8 @@ def _bare(law: dist.Distribution) -> dist.Distribution:
 
 
 def _gaussian_reason(site: dict) -> str | None:
+    if site["type"] != "sample":
+        return "is a numpyro.deterministic, which has no noise"
     law = site["fn"]
     if isinstance(law, dist.Unit):
         return "is a numpyro.factor, which is no Gaussian observation"
@@ -214,10 +222,9 @@ def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:
     zeros = {n: jnp.zeros(s.shape) for n, s in slots.items()}
 
     def noise(**pieces: Array) -> dict[str, Array]:
-        z = jnp.concatenate([jnp.ravel(pieces[n]) for n in slots]) if slots else jnp.zeros(0)
-        return problem.forward(z).noise
+        return problem.forward(pieces).noise
 
-    found = _trace.eval_provenance(noise, **zeros)
+    found = _trace.data_flow(noise, zeros)
     for name, sources in found.items():
         if sources:
             return name, sorted(sources)
@@ -255,6 +262,11 @@ def check_data(problem: InverseProblem) -> list[str]:
     notes, missing = [], []
     for name, value in problem.observed_values().items():
         array, site = np.asarray(value), problem.sites[name]
+        if site.broadcast != array.shape:
+            notes.append(
+                f"data '{name}' of shape {array.shape} are compared with predictions of shape {site.broadcast}, so each "
+                "datum counts several times. If that is not meant, reshape the data or the prediction."
+            )
         if array.dtype.kind != "f":
             _check_support(site, array, np.ones(array.shape, bool))
             continue
@@ -303,7 +315,8 @@ def _check_support(site: Site, array: np.ndarray, present: np.ndarray) -> None:
 
 def _check_dependents(problem: InverseProblem, names: tuple[str, ...]) -> None:
     z = jnp.zeros(problem.dimension)
-    found = _trace.dependence(problem._call, problem.structure.slots, z, names)
+    with numpyro.validation_enabled(False):
+        found = _trace.dependence(problem._call, problem.structure.slots, z, names)
     for other, sources in found.items():
         for name in sources & set(names) - {other}:
             raise DataError(
@@ -313,46 +326,28 @@ def _check_dependents(problem: InverseProblem, names: tuple[str, ...]) -> None:
 
 
 def diagnose(problem: InverseProblem) -> None:
-    """Say why no run can start: look at the observed sites at the prior's centre.
+    """Say why no run can start: look at all sites at the prior's centre.
 
     Raises:
         DataError: a parameter of a site's distribution is outside its domain, or its log density is not finite.
     """
     z = jnp.zeros(problem.dimension)
-    trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z))
+    with numpyro.validation_enabled(False):
+        trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z))
     for name, site in trace.items():
-        if site["type"] != "sample" or not site["is_observed"]:
+        if site["type"] != "sample":
             continue
-        for parameter, value in _outside(site["fn"]):
+        part = "noise" if site["is_observed"] else "prior"
+        for parameter, value in outside_domain(site["fn"]):
             raise DataError(
-                f"the noise of site '{name}' is not usable: its {parameter} is {value:.6g} with all latent sites at "
-                f"the prior's centre, outside the domain of {type(_core(site['fn'])).__name__}."
+                f"the {part} of site '{name}' is not usable: its {parameter} is {value:.6g} with all latent sites at "
+                f"the prior's centre, outside the domain of {type(innermost(site['fn'])).__name__}. Look for NaN, "
+                "infinity and zeros in the model's other arguments."
             )
-        density = jnp.sum(site["fn"].log_prob(site["value"]))
-        if not bool(jnp.isfinite(density)):
+        with numpyro.validation_enabled(False):
+            density = jnp.sum(site["fn"].log_prob(site["value"]))
+        if site["is_observed"] and not bool(jnp.isfinite(density)):
             raise DataError(
                 f"the log density of site '{name}' is {float(density)} with all latent sites at the prior's centre. "
                 "Look for NaN or infinity in the model's other arguments, and for predictions outside the support."
             )
-
-
-def _core(law: dist.Distribution) -> dist.Distribution:
-    while hasattr(law, "base_dist") and not isinstance(law, dist.TransformedDistribution):
-        law = law.base_dist
-    return law
-
-
-def _outside(law: dist.Distribution) -> list[tuple[str, float]]:
-    """Parameters of a law that are outside their constraint, with an offending value."""
-    law, found = _core(law), []
-    for name, constraint in law.arg_constraints.items():
-        value = getattr(law, name, None)
-        if value is None or constraint.is_discrete or constraint.event_dim:
-            continue
-        try:
-            bad = ~np.asarray(constraint(value))
-        except (TypeError, ValueError, NotImplementedError):
-            continue
-        if bad.any():
-            found.append((name, float(np.broadcast_to(np.asarray(value), bad.shape)[bad].flat[0])))
-    return found
