@@ -169,9 +169,7 @@ def test_no_start_is_said():
 
 def test_float64():
     with jax.enable_x64(True):
-        draws = PreconditionedCrankNicolson(chains=2, warmup=20).run(
-            _read(bod.PROBLEM), jax.random.key(0), 5, Runner()
-        )
+        draws = PreconditionedCrankNicolson(chains=2, warmup=20).run(_read(bod.PROBLEM), jax.random.key(0), 5, Runner())
         assert draws.positions.dtype == jnp.float64
         assert draws.stats["lp"].dtype == jnp.float64
 

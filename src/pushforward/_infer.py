@@ -96,18 +96,19 @@ def infer(
     identity = _identity(model, args, kwargs, method, key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
     found = _with_khat(method.run(problem, key, draws, runner))
-    notes += _usage_notes(method, runner)
     groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
-    notes += method.warnings(found) + _convergence(found, groups["posterior"])
     outcome = _outcome(found)
-    attributes = _attributes(method, runner, found, outcome, notes, label) | ({"reason": reason} if reason else {})
+    cautions = _usage_warnings(method, runner) + method.warnings(found) + _convergence(found, groups["posterior"])
+    cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
+    attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
+    attributes |= {"reason": reason} if reason else {}
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
         diagnose(problem)
         raise InferenceError(f"{type(method).__name__}: {outcome.text}", outcome, tree)
-    for note in notes if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
-        warnings.warn(f"{type(method).__name__}: {note}", UserWarning, stacklevel=2)
+    for caution in cautions if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
+        warnings.warn(f"{type(method).__name__}: {caution}", UserWarning, stacklevel=2)
     return tree
 
 
@@ -219,7 +220,7 @@ def _with_khat(found: Draws) -> Draws:
     return Draws(**{**vars(found), "summary": found.summary | {"khat": np.asarray(khat)}})
 
 
-def _usage_notes(method: Method, runner: Runner) -> list[str]:
+def _usage_warnings(method: Method, runner: Runner) -> list[str]:
     notes = []
     if runner.checkpoint is not None and not runner.checkpoint.exists():
         notes.append("it runs in one piece, so checkpoint= was not used.")
@@ -309,12 +310,8 @@ def _outcome(found: Draws) -> Outcome:
     return Outcome.NONFINITE if outcome == Outcome.SUCCESS and not finite else outcome
 
 
-def _attributes(
-    method: Method, runner: Runner, found: Draws, outcome: Outcome, notes: list[str], key: int | list[int]
-) -> dict[str, Any]:
+def _attributes(method: Method, runner: Runner, found: Draws, outcome: Outcome, key: int | list[int]) -> dict[str, Any]:
     summary = {name: float(value) for name, value in found.summary.items()}
-    if outcome == Outcome.MAXIMUM_STEPS:
-        notes.append(outcome.text)
     return {
         "method": type(method).__name__,
         "options": {field.name: _plain(getattr(method, field.name)) for field in fields(method)},
@@ -327,7 +324,6 @@ def _attributes(
         "evaluations": float(found.evaluations),
         "gradient_evaluations": float(found.gradient_evaluations),
         "outcome": outcome.name.lower(),
-        "warnings": notes,
     } | summary
 
 

@@ -20,6 +20,7 @@ _REPLICATES = 16
 _ARMIJO = 1e-4
 _SMALLEST_STEP = 1e-8
 _TOLERANCE = 1e-3
+_STARTS = 20
 
 
 class Pathfinder(Method):
@@ -51,13 +52,13 @@ class Pathfinder(Method):
     Example:
         >>> from pushforward.methods.pathfinder import Pathfinder
         >>> Pathfinder(paths=4).memory
-        6
+        10
     """
 
     paths: int = 8
-    memory: int = 6
+    memory: int = 10
     max_steps: int = 200
-    elbo_samples: int = 25
+    elbo_samples: int = 50
     proposals: int = 4000
 
     shards = "paths"
@@ -69,14 +70,18 @@ class Pathfinder(Method):
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
-        found, z, lp, log_weights = jax.device_get(runner.call(_fit, self, problem, key, draws, runner.mesh))
+        noise, generator = _noise(self, key, draws, problem.dimension)
+        found, z, lp, log_weights = jax.device_get(runner.call(_fit, self, problem, noise, runner.mesh))
         with np.errstate(invalid="ignore"):  # where the likelihood is zero under q, its ELBO is -inf
             summary = evidence_summary(log_weights)
         summary |= {"steps": found.evaluations.max(), "paths_usable": np.isfinite(found.elbo).sum()}
         climbs = self.paths * int(found.evaluations.max())  # under vmap all paths take as many as the longest
         runs = climbs * (1 + self.elbo_samples) + log_weights.size
         outcome = np.asarray(int(_outcome(self, found, log_weights)))
-        return Draws(z[None], {"lp": lp[None]}, summary, outcome, count(runs), count(climbs), log_weights)
+        chosen = _resample(log_weights.ravel(), draws, generator)
+        return Draws(
+            z[chosen][None], {"lp": lp[chosen][None]}, summary, outcome, count(runs), count(climbs), log_weights
+        )
 
     def warnings(self, draws: Draws) -> list[str]:
         """Pareto k-hat above 0.7."""
@@ -142,16 +147,38 @@ def _gaussian(x: Array, gradient: Array, alpha: Array, steps: Array, changes: Ar
     return _Gaussian(x + direction, scale, basis, root), direction
 
 
-def _fit(
-    method: Pathfinder, problem: InverseProblem, key: Key, draws: int, mesh: Mesh | None
-) -> tuple["_Path", Array, Array, Array]:
-    """Paths; draws and their log densities; log weights of all proposals, shape (replicate, proposal)."""
-    path_key, propose_key, resample_key = jax.random.split(key, 3)
-    found = parallel.vmap(lambda k: _climb(method, problem, k), mesh)(jax.random.split(path_key, method.paths))
+class _Noise(eqx.Module):
+    """All random numbers of a run, made on the host so that nothing of it is compiled.
+
+    `elbo` is the same for all points of a path, so that they are compared on common noise.
+    """
+
+    starts: Array
+    elbo: Array
+    offsets: Array
+    proposals: Array
+
+
+def _noise(method: Pathfinder, key: Key, draws: int, d: int) -> tuple[_Noise, np.random.Generator]:
+    """Noise, and the generator that made it."""
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     size = -(-max(method.proposals, draws) // _REPLICATES)
-    z, lp, log_weights = _propose(found, size, problem, propose_key)
-    chosen = _resample(log_weights.ravel(), draws, resample_key)
-    return found, z[chosen], lp[chosen], log_weights
+    made = (
+        generator.standard_normal((method.paths, _STARTS, d)),
+        generator.standard_normal((method.paths, method.elbo_samples, d)),
+        generator.random((_REPLICATES, 1)),
+        generator.standard_normal((_REPLICATES * size, d)),
+    )
+    return _Noise(*(jnp.asarray(x, jnp.result_type(float)) for x in made)), generator
+
+
+def _fit(
+    method: Pathfinder, problem: InverseProblem, noise: _Noise, mesh: Mesh | None
+) -> tuple["_Path", Array, Array, Array]:
+    """Paths; proposals and their log densities; their log weights, shape (replicate, proposal)."""
+    climb = parallel.vmap(lambda starts, elbo: _climb(method, problem, starts, elbo), mesh)
+    found = climb(noise.starts, noise.elbo)
+    return found, *_propose(found, noise, problem)
 
 
 def _outcome(method: Pathfinder, found: "_Path", log_weights: Array) -> Outcome:
@@ -165,19 +192,17 @@ def _outcome(method: Pathfinder, found: "_Path", log_weights: Array) -> Outcome:
     return Outcome.SUCCESS if ended.any() else Outcome.MAXIMUM_STEPS
 
 
-def _climb(method: Pathfinder, problem: InverseProblem, key: Key) -> _Path:
+def _climb(method: Pathfinder, problem: InverseProblem, starts: Array, noise: Array) -> _Path:
     """One path: L-BFGS with backtracking, one evaluation of value and gradient per turn of the loop."""
-    d, dtype = problem.dimension, jnp.zeros(()).dtype
+    d, dtype = problem.dimension, starts.dtype
     evaluate = jax.value_and_grad(lambda z: -problem.log_density(z))
 
     def turn(p: _Path) -> _Path:
-        start_key, elbo_key = jax.random.split(jax.random.fold_in(key, p.evaluations))
         started = jnp.isfinite(p.value)
         # Until a start with a finite value and gradient is found, the trial is another prior draw.
-        trial = jnp.where(started, p.x + p.length * p.direction, jax.random.normal(start_key, (d,), dtype))
+        trial = jnp.where(started, p.x + p.length * p.direction, starts[p.evaluations % _STARTS])
         value, gradient = evaluate(trial)
         moved, accepted = _accept(p, trial, value, gradient, started)
-        noise = jax.random.normal(elbo_key, (method.elbo_samples, d), dtype)
         return _keep_best(moved, accepted, noise, problem)
 
     zero, inf, rank = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype), min(d, 2 * method.memory)
@@ -248,31 +273,65 @@ def _keep_best(p: _Path, accepted: Array, noise: Array, problem: InverseProblem)
     )
 
 
-def _propose(found: _Path, size: int, problem: InverseProblem, key: Key) -> tuple[Array, Array, Array]:
-    """Draws of the mixture, their log densities, and log weights of shape (replicate, size)."""
-    from blackjax.smc.resampling import systematic
-
-    index_key, noise_key = jax.random.split(key)
-    usable = jnp.isfinite(found.elbo)
+def _propose(found: _Path, noise: _Noise, problem: InverseProblem) -> tuple[Array, Array, Array]:
+    """Draws of the mixture, their log densities, and log weights of shape (replicate, proposal)."""
+    usable, replicates = jnp.isfinite(found.elbo), noise.offsets.shape[0]
+    size = noise.proposals.shape[0] // replicates
     log_shares = jnp.where(usable, jax.nn.log_softmax(jnp.where(usable, found.elbo, -1e30)), -jnp.inf)
-    keys = jax.random.split(index_key, _REPLICATES)
-    path = jax.vmap(lambda k: systematic(k, jnp.exp(log_shares), size))(keys).ravel()
-    noise = jax.random.normal(noise_key, (path.size, found.x.shape[1]), found.x.dtype)
-    every = jax.vmap(lambda q: jax.vmap(q.sample)(noise))(found.best)
+    # Systematic: each replicate takes its share of draws from each path, up to rounding.
+    grid = ((jnp.arange(size) + noise.offsets) / size).ravel()
+    path = jnp.sum(grid[:, None] > jnp.cumsum(jnp.exp(log_shares))[:-1], axis=1)
+    every = jax.vmap(lambda q: jax.vmap(q.sample)(noise.proposals))(found.best)
     z = every[path, jnp.arange(path.size)]
     densities = jax.vmap(lambda q: jax.vmap(q.log_density)(z))(found.best)
     log_q = logsumexp(jnp.where(usable[:, None], densities + log_shares[:, None], -jnp.inf), axis=0)
     lp = jax.vmap(problem.log_density)(z)
     log_weights = jnp.where(jnp.isfinite(lp - log_q), lp - log_q, -jnp.inf)
-    return z, lp, log_weights.reshape(_REPLICATES, size)
+    return z, lp, log_weights.reshape(replicates, size)
 
 
-def _resample(log_weights: Array, draws: int, key: Key) -> Array:
-    """Indices of equally weighted draws: Pareto-smoothed weights, systematic, in random order."""
-    from blackjax.diagnostics import psis_weights
-    from blackjax.smc.resampling import systematic
+def _resample(log_weights: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Indices of equally weighted draws: smoothed weights, systematic, in random order."""
+    weights = _smoothed(log_weights) if np.isfinite(log_weights).any() else np.ones(log_weights.size)
+    grid = (np.arange(draws) + generator.random()) / draws
+    cumulative = np.cumsum(weights / weights.sum())
+    # Rounding may leave the last sum below 1; side="right" never takes a weight of zero.
+    chosen = np.searchsorted(cumulative / cumulative[-1], grid, side="right")
+    return generator.permutation(chosen)
 
-    select_key, order_key = jax.random.split(key)
-    smoothed, _ = psis_weights(log_weights)
-    weights = jnp.exp(jnp.where(jnp.isfinite(smoothed), smoothed, -jnp.inf))
-    return jax.random.permutation(order_key, systematic(select_key, weights / jnp.sum(weights), draws))
+
+def _smoothed(log_weights: np.ndarray) -> np.ndarray:
+    """Weights whose largest 3 sqrt(n) are replaced by quantiles of the Pareto law fitted to them.
+
+    Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling, JMLR 25, algorithm 1.
+    """
+    weights = np.exp(np.asarray(log_weights, float) - np.max(log_weights))
+    size = int(min(0.2 * weights.size, 3 * np.sqrt(weights.size)))
+    order = np.argsort(weights)
+    tail, cutoff = order[-size:], weights[order[-size - 1]]
+    excess = weights[tail] - cutoff
+    if size < 5 or not excess[size // 4] > 0:
+        return weights
+    shape, scale = _fit_pareto(excess)
+    level = -np.log1p(-(np.arange(size) + 0.5) / size)
+    quantiles = scale * (level if abs(shape) < 1e-8 else np.expm1(shape * level) / shape)
+    weights[tail] = np.minimum(cutoff + quantiles, 1.0)
+    return weights
+
+
+def _fit_pareto(excess: np.ndarray) -> tuple[float, float]:
+    """Shape and scale of the generalised Pareto law of ascending positive values.
+
+    Zhang and Stephens (2009), A new and efficient estimation method for the generalized Pareto distribution,
+    Technometrics 51, doi:10.1198/tech.2009.08017; the shape is shrunk towards 0.5 as in Vehtari et al. (2024).
+    """
+    n, prior = excess.size, 3.0
+    count = 30 + int(np.sqrt(n))
+    theta = 1 / excess[-1] + (1 - np.sqrt(count / (np.arange(1, count + 1) - 0.5))) / (
+        prior * excess[int(n / 4 + 0.5) - 1]
+    )
+    shapes = np.log1p(-theta[:, None] * excess).mean(1)
+    profile = n * (np.log(-theta / shapes) - shapes - 1)
+    mean = np.sum(theta * np.exp(profile - profile.max())) / np.sum(np.exp(profile - profile.max()))
+    shape = np.log1p(-mean * excess).mean()
+    return (n * shape + 5) / (n + 10), -shape / mean

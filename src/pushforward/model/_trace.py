@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax.interpreters.partial_eval import dce_jaxpr
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
@@ -192,7 +191,7 @@ def _at_step(site: dict, series: Array, in_scan: bool) -> Array:
     return series[site["infer"]["_scan_current_index"]] if in_scan else series
 
 
-def _at_time(site: dict, series: Array, in_scan: bool) -> Array:
+def at_time(site: dict, series: Array, in_scan: bool) -> Array:
     """The same in the order of the data, which a reversed scan runs through backwards."""
     if not in_scan:
         return series
@@ -240,7 +239,7 @@ def from_values(slots: Mapping[str, Slot], values: Mapping[str, Array]) -> Assig
         if site["type"] != "sample" or site["name"] not in values:
             return None
         in_scan = slots[site["name"]].steps is not None
-        return _at_time(site, values[site["name"]], in_scan)
+        return at_time(site, values[site["name"]], in_scan)
 
     return assign
 
@@ -290,72 +289,6 @@ def potential(call: Call, position: Mapping[str, Array]) -> Array:
     return numpyro.infer.util.potential_energy(_Prepared(call), (), {}, position)
 
 
-def dependence(call: Call, slots: Mapping[str, Slot], z: Array, names: tuple[str, ...]) -> dict[str, set]:
-    """Which of the observed sites `names` each other site depends on, by data flow.
-
-    Args:
-        call: the model with its arguments bound.
-        slots: latent sites.
-        z: any point of noise space.
-        names: observed sites whose values are followed.
-    """
-    base = from_noise(slots, z)
-    observed = run(call, base, fill_missing=False)
-    for site in observed.values():
-        if site["type"] in ("sample", "deterministic") and any(map(_has_nan, _inputs(site))):
-            raise DataError(
-                f"data {list(names)} have missing values, and site '{site['name']}' becomes NaN by them. Impute them "
-                f"with numpyro.sample('{names[0]}', ..., obs=..., obs_mask=...) and use its result, or keep NaN out of "
-                "all other arguments and of what is computed from the data."
-            )
-    values = {name: observed[name]["value"] for name in names}
-
-    def others(**data: Array) -> dict[str, list]:
-        def assign(site: dict) -> Array | None:
-            if site["name"] in data and site["type"] == "sample":
-                return _at_time(site, data[site["name"]], "_scan_current_index" in site["infer"])
-            return base(site)
-
-        trace = run(call, assign, fill_missing=False)
-        return {n: _inputs(s) for n, s in trace.items() if s["type"] in ("sample", "deterministic")}
-
-    return data_flow(others, values)
-
-
-def data_flow(fn: Callable, values: dict[str, Array]) -> dict[str, set[str]]:
-    """Which of the named `values` each output of `fn(**values)` depends on.
-
-    An input counts where it survives dead-code elimination, inside `jit`, `scan` and `cond` too.
-    """
-    outputs: list[tuple[str, int]] = []
-
-    def flat(given: list[Array]) -> list[Array]:
-        parts = {n: jax.tree.leaves(v) for n, v in fn(**dict(zip(values, given, strict=True))).items()}
-        outputs.extend((n, len(leaves)) for n, leaves in parts.items())
-        return [leaf for leaves in parts.values() for leaf in leaves]
-
-    program = jax.make_jaxpr(flat)(list(values.values())).jaxpr
-    found, start = {}, 0
-    for name, length in outputs:
-        wanted = [start <= i < start + length for i in range(len(program.outvars))]
-        _, used = dce_jaxpr(program, wanted)
-        found[name] = {source for source, u in zip(values, used, strict=True) if u}
-        start += length
-    return found
-
-
-def _has_nan(array: Array) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.any(jnp.isnan(array)))
-
-
-def _inputs(site: dict) -> list:
-    """The arrays that make the site's law (its value for a deterministic site)."""
-    if site["type"] == "deterministic":
-        return [site["value"]]
-    arrays = [leaf for leaf in jax.tree.leaves(site["fn"]) if eqx.is_array(leaf)]
-    return arrays if site["is_observed"] else [*arrays, site["value"]]
-
-
 def refuse(msg: dict) -> None:
     """Raise where a message cannot be read, before NumPyro handles it."""
     kind, value = msg["type"], msg.get("value")
@@ -384,7 +317,8 @@ def refuse(msg: dict) -> None:
 def _check_array(name: str, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float):
         dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
-        if dtype.kind in "biuf" or isinstance(value, jax.Array) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype == bool
+        if real:
             return
         given = f"an array of {dtype}"
     else:

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 
 from pushforward._errors import DataError
 from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
-from pushforward.model import _trace
+from pushforward.model import _flow, _trace
 from pushforward.model._arguments import check_model
 from pushforward.model._laws import innermost, outside_domain
 from pushforward.model._reading import Site, Structure, read
@@ -224,7 +224,7 @@ def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:
     def noise(**pieces: Array) -> dict[str, Array]:
         return problem.forward(pieces).noise
 
-    found = _trace.data_flow(noise, zeros)
+    found = _flow.data_flow(noise, zeros)
     for name, sources in found.items():
         if sources:
             return name, sorted(sources)
@@ -264,8 +264,8 @@ def check_data(problem: InverseProblem) -> list[str]:
         array, site = np.asarray(value), problem.sites[name]
         if site.broadcast != array.shape:
             notes.append(
-                f"data '{name}' of shape {array.shape} are compared with predictions of shape {site.broadcast}, so each "
-                "datum counts several times. If that is not meant, reshape the data or the prediction."
+                f"data '{name}' of shape {array.shape} are compared with predictions of shape {site.broadcast}, so "
+                "each datum counts several times. If that is not meant, reshape the data or the prediction."
             )
         if array.dtype.kind != "f":
             _check_support(site, array, np.ones(array.shape, bool))
@@ -316,7 +316,7 @@ def _check_support(site: Site, array: np.ndarray, present: np.ndarray) -> None:
 def _check_dependents(problem: InverseProblem, names: tuple[str, ...]) -> None:
     z = jnp.zeros(problem.dimension)
     with numpyro.validation_enabled(False):
-        found = _trace.dependence(problem._call, problem.structure.slots, z, names)
+        found = _flow.dependence(problem._call, problem.structure.slots, z, names)
     for other, sources in found.items():
         for name in sources & set(names) - {other}:
             raise DataError(
