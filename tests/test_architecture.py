@@ -198,7 +198,9 @@ def test_modules_and_functions_fit_a_screen(module):
 def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Documentation is no code: a long docstring does not make a function long."""
     first = node.body[0]
-    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    is_text = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
     return first.end_lineno - first.lineno + 1 if is_text else 0
 
 
@@ -223,8 +225,8 @@ seconds = time.process_time() - start
 assert warnings.filters == filters, "warning filters changed"
 assert dict(jax.config.values) == settings, "jax.config changed"
 assert not jax.live_arrays(), "device buffers allocated"
-lazy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "xarray", "pandas", "blackjax", "scipy.stats",
-        "sklearn", "diffrax", "h5netcdf")
+lazy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "xarray", "pandas", "blackjax",
+        "scipy.stats", "sklearn", "diffrax", "h5netcdf")
 print(seconds, *[name for name in lazy if name in set(sys.modules) - known])
 """
     # The least of three: other work on the machine can only make an import slower.

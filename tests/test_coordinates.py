@@ -1,8 +1,8 @@
 """The prior map: laws, densities, shapes, wrappers and refusals.
 
 Laws: 1e5 pushed normals against 1e5 draws of NumPyro's sampler (in some cases NumPy's or SciPy's), two-sample
-Kolmogorov-Smirnov on the marginals, a sum and a product of elements. A test fails below p = 1e-5; with about 100 of them a correct library fails with probability 1e-3 per
-choice of keys, and the keys are fixed.
+Kolmogorov-Smirnov on the marginals, a sum and a product of elements. A test fails below p = 1e-5; with about 130 of
+them a correct library fails with probability 1.3e-3 per choice of keys, and the keys are fixed.
 """
 
 import jax
@@ -190,14 +190,12 @@ def free_coordinates(name, value):
         return value[np.tril_indices(value.shape[-1], -1)]
     if name in ("wishart cholesky", "inverse wishart"):
         return value[np.tril_indices(value.shape[-1])]
-    if name == "expanded vectors":
-        return value[..., :-1]
     if name == "zero sum":
         return dist.transforms.ZeroSumTransform(2).inv(value)
     return value
 
 
-@pytest.mark.parametrize("name", MULTIVARIATE)
+@pytest.mark.parametrize("name", [n for n in MULTIVARIATE if "expanded" not in n and n != "copula of betas"])
 def test_density_is_the_normal_one_over_the_jacobian(name):
     """log N(z) - log|det T'(z)| = log p(T(z)) and pull(push(z)) = z, in float64."""
     with jax.enable_x64(True):
@@ -291,8 +289,8 @@ def test_mask_and_independent_sum_once():
     mixture = dist.MixtureSameFamily(dist.Categorical(np.array([0.3, 0.7])), dist.Normal(np.array([0.0, 3.0]), 1.0))
     d = mixture.expand([2, 3]).mask(np.array([[True], [False]])).to_event(1)
     z = jax.random.normal(jax.random.key(0), noise_shape(d))
-    total = scipy.stats.norm.logpdf(z).sum() + correction(d, z, push(d, z))
-    np.testing.assert_allclose(total, d.log_prob(push(d, z)).sum(), rtol=1e-5)
+    total, expected = compiled(lambda z: (correction(d, z, push(d, z)), d.log_prob(push(d, z)).sum()), z)
+    np.testing.assert_allclose(scipy.stats.norm.logpdf(z).sum() + total, expected, rtol=1e-5)
 
 
 def test_delta_needs_no_noise():
@@ -374,7 +372,12 @@ def test_gradients_of_a_hierarchy_under_vmap_and_jit():
         return push(dist.TruncatedNormal(weights[0], weights[1], low=0.0), z[3])
 
     z = jax.random.normal(jax.random.key(0), (4, 4))
-    reverse = compiled(lambda z: jax.vmap(jax.grad(value))(z), z)
-    forward = compiled(lambda z: jax.vmap(jax.jacfwd(value))(z), z)
-    assert np.isfinite(reverse).all()
+    direction = jnp.ones(4)
+
+    def both(z):
+        gradient = jax.grad(value)(z)
+        return gradient, gradient @ direction, jax.jvp(value, (z,), (direction,))[1]
+
+    gradient, reverse, forward = compiled(jax.vmap(both), z)
+    assert np.isfinite(gradient).all()
     np.testing.assert_allclose(reverse, forward, rtol=1e-4, atol=1e-6)

@@ -22,7 +22,7 @@ from pushforward.methods._base import Draws, Method
 from pushforward.methods.nuts import NUTS
 from pushforward.model._arguments import split
 from pushforward.model._fingerprint import fingerprint, stable_text
-from pushforward.model.inverse import InverseProblem, check_data, diagnose, read_problem
+from pushforward.model.inverse import InverseProblem, check_data, diagnose, read_problem, shape_warnings
 
 _LIBRARIES = ("pushforward", "jax", "numpyro", "blackjax", "arviz", "equinox")
 
@@ -99,7 +99,8 @@ def infer(
     groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
     outcome = _outcome(found)
-    cautions = _usage_warnings(method, runner) + method.warnings(found) + _convergence(found, groups["posterior"])
+    cautions = shape_warnings(problem) + _usage_warnings(method, runner) + method.warnings(found)
+    cautions += _convergence(found, groups["posterior"])
     cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
     attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
     attributes |= {"reason": reason} if reason else {}

@@ -19,7 +19,7 @@ from pushforward.model.inverse import InverseProblem
 _REPLICATES = 16
 _ARMIJO = 1e-4
 _SMALLEST_STEP = 1e-8
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-5
 _STARTS = 20
 
 
@@ -38,7 +38,7 @@ class Pathfinder(Method):
 
     Args:
         paths: independent paths.
-        memory: pairs of steps and gradients that H is built from.
+        memory: pairs of steps and gradients that H is built from; in fewer dimensions than that H can become exact.
         max_steps: evaluations of the gradient on each path at most.
         elbo_samples: draws that estimate the ELBO at each point of a path.
         proposals: draws of q that are weighted; at least as many as draws are asked for.
@@ -52,11 +52,11 @@ class Pathfinder(Method):
     Example:
         >>> from pushforward.methods.pathfinder import Pathfinder
         >>> Pathfinder(paths=4).memory
-        10
+        30
     """
 
     paths: int = 8
-    memory: int = 10
+    memory: int = 30
     max_steps: int = 200
     elbo_samples: int = 50
     proposals: int = 4000

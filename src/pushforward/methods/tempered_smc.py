@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
 from jax.sharding import Mesh
@@ -87,7 +88,7 @@ class TemperedSMC(Method):
         keys = jax.random.split(key, self.islands)
         first = _start(self, problem.dimension)
         last = runner.loop(_advance, first, self.max_stages, self, problem, keys, runner.mesh)
-        return runner.call(_package, self, problem, last, min(draws, self.particles))
+        return _package(self, jax.device_get(last), min(draws, self.particles))
 
     def warnings(self, draws: Draws) -> list[str]:
         """Islands that disagree on the evidence."""
@@ -282,27 +283,30 @@ def _mutate(
     return jnp.swapaxes(states, 0, 1), found.T, scales, jnp.mean(rates)
 
 
-def _package(method: TemperedSMC, problem: InverseProblem, last: _Islands, draws: int) -> Draws:
-    """Evenly spaced particles, ancestor by ancestor, and the mean of the islands' evidence."""
-    n = method.particles
-    chosen = ((jnp.arange(draws) + 0.5) * n / draws).astype(int)
-    z = last.z.reshape(method.islands, n, -1)[:, chosen]
-    values = last.log_likelihood.reshape(method.islands, n)[:, chosen]
-    lp = values + jax.vmap(jax.vmap(problem.log_prior))(z)
-    late = jnp.where(last.temperature >= 1, int(Outcome.SUCCESS), int(Outcome.MAXIMUM_STEPS))
-    outcome = jnp.where(last.alive, late, int(Outcome.NONFINITE_START))
-    runs = count(n * method.islands * last.stages)
-    return Draws(z, {"lp": lp}, _summary(last), outcome, runs, count(0))
+def _package(method: TemperedSMC, last: _Islands, draws: int) -> Draws:
+    """Evenly spaced particles, ancestor by ancestor, on the host."""
+    n, d = method.particles, last.z.shape[-1]
+    chosen = ((np.arange(draws) + 0.5) * n / draws).astype(int)
+    z = np.asarray(last.z).reshape(method.islands, n, d)[:, chosen]
+    values = np.asarray(last.log_likelihood).reshape(method.islands, n)[:, chosen]
+    lp = values - 0.5 * np.sum(z**2, -1) - z.dtype.type(0.5 * d * np.log(2 * np.pi))
+    outcome = Outcome.SUCCESS if last.temperature >= 1 else Outcome.MAXIMUM_STEPS
+    outcome = outcome if last.alive else Outcome.NONFINITE_START
+    runs = count(n * method.islands * int(last.stages))
+    return Draws(z, {"lp": lp}, _summary(last), np.asarray(int(outcome)), runs, count(0))
 
 
 def _summary(last: _Islands) -> dict[str, Any]:
-    islands = last.log_evidence.shape[0]
-    log_evidence = logsumexp(last.log_evidence) - jnp.log(islands)
-    relative = jnp.exp(last.log_evidence - log_evidence)
+    """The mean of the islands' evidences, with its standard error from their spread (delta method)."""
+    values = np.asarray(last.log_evidence, float)
+    islands, largest = values.size, values.max()
+    with np.errstate(invalid="ignore"):  # all islands dead: the evidence is zero and its logarithm -inf
+        relative = np.exp(values - largest)
+        spread = relative.std(ddof=1) / relative.mean()
     return {
-        "log_evidence": log_evidence,
-        "log_evidence_se": jnp.std(relative, ddof=1) / jnp.sqrt(islands),
+        "log_evidence": largest + np.log(relative.mean()),
+        "log_evidence_se": spread / np.sqrt(islands),
         "stages": last.stages,
         "temperature": last.temperature,
-        "acceptance_rate": jnp.mean(last.acceptance),
+        "acceptance_rate": np.mean(last.acceptance),
     }

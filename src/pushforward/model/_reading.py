@@ -65,7 +65,7 @@ class Structure:
     sites: dict[str, Site] = field(default_factory=dict)
     slots: dict[str, _trace.Slot] = field(default_factory=dict)
     data: frozenset[str] = frozenset()
-    signature: Any = None
+    fixed: frozenset[str] = frozenset()
     passed_through: dict[str, int] | None = None
 
     @property
@@ -145,6 +145,7 @@ def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
     if missing:
         raise DataError(f"observed= names {missing[0]!r}, but the model has the sites {list(structure.sites)}.")
     structure.data = frozenset(s.name for s in first if s.role == "data")
+    structure.fixed = frozenset(s.name for s in first if s.role == "fixed")
     inputs = {id(v): i for i, v in enumerate(jaxpr.jaxpr.invars)}
     direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars[: len(names)]]
     if all(index is not None for index in direct):
@@ -162,7 +163,7 @@ def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tup
     def assign(site: dict) -> Array | None:
         if site["type"] == "sample":
             reached.append(site["name"])
-        if site["type"] != "sample" or site["is_observed"]:
+        if site["type"] != "sample" or site["is_observed"] or _trace.is_fixed(site):
             return None
         if site["name"] in named:
             return jnp.zeros(_trace.site_law(site).shape())
@@ -297,8 +298,9 @@ def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -
     dims = _dims(site, shape, in_scan)
     if body is not None and in_scan and isinstance(law, dist.MaskedDistribution):
         _trace.check_latent(site)
-    details = body or {"map": "", "exact": True}
-    return Site(name, "parameter", kind, shape, dims, details["map"], details["exact"], None, law.event_dim)
+    if body is None:
+        return Site(name, "fixed", kind, shape, dims)
+    return Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], None, law.event_dim)
 
 
 def _check_parameters(site: dict) -> None:

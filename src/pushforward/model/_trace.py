@@ -22,6 +22,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
+from numpyro.infer.util import potential_energy
 
 from pushforward._errors import DataError, ModelError
 from pushforward._types import Array
@@ -65,7 +66,8 @@ class Evaluation(eqx.Module):
         data: values of the observed sites, simulated ones included.
         log_prior: per latent site, its log density in the user's coordinates, element by element.
         log_likelihood: per observed site, its log density, element by element; 0 where data are missing.
-        correction: sum of `numpyro.factor` terms, of scaled priors and of what inexact prior maps owe.
+        correction: sum of `numpyro.factor` terms, of scaled priors, of what inexact prior maps owe, and of the
+            densities of latent sites that the model itself fixes.
     """
 
     sites: dict[str, Array]
@@ -81,8 +83,17 @@ class Evaluation(eqx.Module):
         return sum((jnp.sum(v) for v in self.log_likelihood.values()), start=self.correction)
 
 
-def evaluate(call: Call, assign: Assign, *, fill_missing: bool = True) -> Evaluation:
-    """Run the model once, each latent site set by `assign`, and collect values and densities."""
+def evaluate(
+    call: Call, assign: Assign, *, fixed: frozenset[str] = frozenset(), fill_missing: bool = True
+) -> Evaluation:
+    """Run the model once, each latent site set by `assign`, and collect values and densities.
+
+    Args:
+        call: the model with its arguments bound.
+        assign: values of latent sites.
+        fixed: latent sites that `numpyro.handlers.substitute` sets inside the model.
+        fill_missing: whether missing data are filled and masked.
+    """
     trace = run(call, assign, fill_missing=fill_missing)
     parts: dict[str, dict[str, Array]] = {k: {} for k in ("sites", "values", "data", "prior", "likelihood")}
     correction = jnp.zeros(())
@@ -92,7 +103,9 @@ def evaluate(call: Call, assign: Assign, *, fill_missing: bool = True) -> Evalua
         if site["type"] != "sample":
             continue
         density = _log_prob(site)
-        if not site["is_observed"]:
+        if name in fixed:
+            correction += jnp.sum(density)
+        elif not site["is_observed"]:
             parts["sites"][name], parts["prior"][name] = site["value"], density
             if site["scale"] is not None:
                 correction += jnp.sum((1 - 1 / site["scale"]) * density)
@@ -186,6 +199,11 @@ def site_law(site: dict) -> dist.Distribution:
     return fn.expand(tuple(sample_shape) + tuple(fn.batch_shape)) if sample_shape else fn
 
 
+def is_fixed(site: dict) -> bool:
+    """Whether a latent site, seen where it is sampled, has its value from a handler inside the model."""
+    return not site["is_observed"] and site["value"] is not None
+
+
 def _at_step(site: dict, series: Array, in_scan: bool) -> Array:
     """The entry of a series that the site's step needs, counted in the order of the run."""
     return series[site["infer"]["_scan_current_index"]] if in_scan else series
@@ -251,7 +269,7 @@ def simulating(assign: Assign, data: frozenset[str], key: Array) -> Assign:
         value = assign(site)
         if value is not None or site["type"] != "sample" or isinstance(site["fn"], dist.Unit):
             return value
-        if site["is_observed"] and site["name"] not in data:
+        if (site["is_observed"] and site["name"] not in data) or is_fixed(site):
             return None
         site_key = jax.random.fold_in(key, crc32(site["name"].encode()) & 0x7FFFFFFF)
         step = site["infer"].get("_scan_current_index")
@@ -286,7 +304,7 @@ def _sample_like(site: dict, key: Array) -> Array:
 
 def potential(call: Call, position: Mapping[str, Array]) -> Array:
     """NumPyro's own potential energy in its unconstrained coordinates, missing data dropped."""
-    return numpyro.infer.util.potential_energy(_Prepared(call), (), {}, position)
+    return potential_energy(_Prepared(call), (), {}, position)
 
 
 def refuse(msg: dict) -> None:
@@ -317,8 +335,7 @@ def refuse(msg: dict) -> None:
 def _check_array(name: str, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float):
         dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
-        real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype == bool
-        if real:
+        if any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
             return
         given = f"an array of {dtype}"
     else:

@@ -54,17 +54,20 @@ class InverseProblem(eqx.Module):
     def _call(self) -> _trace.Call:
         return self.structure.call(self.arrays)
 
+    def _evaluate(self, assign: _trace.Assign, **options: bool) -> _trace.Evaluation:
+        return _trace.evaluate(self._call, assign, fixed=self.structure.fixed, **options)
+
     def evaluate(self, z: Noise) -> _trace.Evaluation:
         """Sites, deterministics and densities at ``z``."""
-        return _trace.evaluate(self._call, _trace.from_noise(self.structure.slots, z))
+        return self._evaluate(_trace.from_noise(self.structure.slots, z))
 
     def evaluate_unconstrained(self, position: SiteValues) -> _trace.Evaluation:
         """The same at a point of NumPyro's unconstrained coordinates."""
-        return _trace.evaluate(self._call, _trace.from_unconstrained(self.structure.slots, position))
+        return self._evaluate(_trace.from_unconstrained(self.structure.slots, position))
 
     def evaluate_sites(self, values: SiteValues) -> _trace.Evaluation:
         """The same at given values of the latent sites."""
-        return _trace.evaluate(self._call, _trace.from_values(self.structure.slots, values))
+        return self._evaluate(_trace.from_values(self.structure.slots, values))
 
     def constrain(self, z: Noise) -> dict[str, Array]:
         """The prior map T: values of the latent sites at ``z``."""
@@ -123,7 +126,7 @@ class InverseProblem(eqx.Module):
 
     def _simulating(self, assign: _trace.Assign, key: Key) -> _trace.Evaluation:
         assign = _trace.simulating(assign, self.structure.data, key)
-        found = _trace.evaluate(self._call, assign, fill_missing=False)
+        found = self._evaluate(assign, fill_missing=False)
         late = {k: v for k, v in found.sites.items() if k in self.structure.data}
         rest = {k: v for k, v in found.sites.items() if k not in late}
         return eqx.tree_at(lambda e: (e.sites, e.data), found, (rest, found.data | late))
@@ -262,11 +265,6 @@ def check_data(problem: InverseProblem) -> list[str]:
     notes, missing = [], []
     for name, value in problem.observed_values().items():
         array, site = np.asarray(value), problem.sites[name]
-        if site.broadcast != array.shape:
-            notes.append(
-                f"data '{name}' of shape {array.shape} are compared with predictions of shape {site.broadcast}, so "
-                "each datum counts several times. If that is not meant, reshape the data or the prediction."
-            )
         if array.dtype.kind != "f":
             _check_support(site, array, np.ones(array.shape, bool))
             continue
@@ -284,6 +282,16 @@ def check_data(problem: InverseProblem) -> list[str]:
     if missing:
         _check_dependents(problem, tuple(missing))
     return notes
+
+
+def shape_warnings(problem: InverseProblem) -> list[str]:
+    """Data that NumPyro broadcasts against more predictions than there are data."""
+    return [
+        f"data '{site.name}' of shape {site.shape} are compared with predictions of shape {site.broadcast}, so each datum "
+        "counts several times. If that is not meant, reshape the data or the prediction."
+        for site in problem.sites.values()
+        if site.role == "data" and site.broadcast not in ((), site.shape)
+    ]
 
 
 def _check_events(site: Site, absent: np.ndarray) -> None:
