@@ -6,6 +6,7 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 REDUCED := PUSHFORWARD_REDUCED=1
 export MPLBACKEND := Agg
+export NO_MKDOCS_2_WARNING := 1
 export PYTHON
 
 .DEFAULT_GOAL := help

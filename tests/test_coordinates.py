@@ -1,8 +1,8 @@
 """The prior map: laws, densities, shapes, wrappers and refusals.
 
 Laws: 1e5 pushed normals against 1e5 draws of NumPyro's sampler (in some cases NumPy's or SciPy's), two-sample
-Kolmogorov-Smirnov on the marginals, a sum and a product of elements. A test fails below p = 1e-5; with about 130 of
-them a correct library fails with probability 1.3e-3 per choice of keys, and the keys are fixed.
+Kolmogorov-Smirnov on the marginals, a sum and a product of elements. A test fails below p = 1e-5; with about 110 of
+them a correct library fails with probability 1e-3 per choice of keys, and the keys are fixed.
 """
 
 import jax
@@ -30,33 +30,17 @@ UNIVARIATE = {
     "normal": lambda: dist.Normal(1.0, 2.0),
     "uniform": lambda: dist.Uniform(0.4, 1.2),
     "log normal": lambda: dist.LogNormal(0.3, 0.5),
-    "log uniform": lambda: dist.LogUniform(0.5, 7.0),
     "exponential": lambda: dist.Exponential(2.0),
     "half normal": lambda: dist.HalfNormal(2.0),
-    "half cauchy": lambda: dist.HalfCauchy(2.0),
-    "cauchy": lambda: dist.Cauchy(1.0, 2.0),
     "student t": lambda: dist.StudentT(3.0, 1.0, 2.0),
-    "laplace": lambda: dist.Laplace(1.0, 2.0),
-    "asymmetric laplace": lambda: dist.AsymmetricLaplace(1.0, 2.0, 3.0),
     "asymmetric laplace by quantile": lambda: dist.AsymmetricLaplaceQuantile(1.0, 2.0, 0.3),
-    "soft laplace": lambda: dist.SoftLaplace(1.0, 2.0),
-    "logistic": lambda: dist.Logistic(1.0, 2.0),
     "gumbel": lambda: dist.Gumbel(1.0, 2.0),
-    "gompertz": lambda: dist.Gompertz(0.7, 2.0),
     "gamma": lambda: dist.Gamma(2.5, 3.0),
-    "chi2": lambda: dist.Chi2(3.0),
     "beta": lambda: dist.Beta(0.5, 2.0),
     "beta by mean": lambda: dist.BetaProportion(0.3, 4.0),
-    "weibull": lambda: dist.Weibull(2.0, 1.5),
-    "kumaraswamy": lambda: dist.Kumaraswamy(2.0, 3.0),
-    "pareto": lambda: dist.Pareto(1.0, 2.0),
-    "dagum": lambda: dist.Dagum(1.0, 2.0, 3.0),
-    "power law": lambda: dist.DoublyTruncatedPowerLaw(-1.5, 1.0, 4.0),
     "lower power law": lambda: dist.LowerTruncatedPowerLaw(-2.5, 1.0),
-    "left normal": lambda: dist.TruncatedNormal(1.0, 2.0, low=0.5),
     "left logistic": lambda: dist.LeftTruncatedDistribution(dist.Logistic(1.0, 2.0), 0.5),
     "two-sided t": lambda: dist.TwoSidedTruncatedDistribution(dist.StudentT(3.0), -1.0, 2.0),
-    "left gamma": lambda: dist.TruncatedGamma(2.0, 1.0, low=1.0),
     "two-sided gamma": lambda: dist.TruncatedGamma(2.0, 1.0, low=1.0, high=3.0),
     "folded cauchy": lambda: dist.FoldedDistribution(dist.Cauchy(0.0, 2.0)),
     "relaxed bernoulli": lambda: dist.RelaxedBernoulli(0.7, probs=0.4),
@@ -81,7 +65,6 @@ MULTIVARIATE = {
     "wishart cholesky": lambda: dist.WishartCholesky(4.0, scale_tril=TRIL),
     "inverse wishart": lambda: dist.InverseWishart(5.0, scale_tril=TRIL),
     "gaussian copula": lambda: dist.GaussianCopula(dist.Gamma(np.array([0.5, 2.0, 4.0]), 1.0), CORRELATION),
-    "copula of betas": lambda: dist.GaussianCopulaBeta(np.array([0.5, 2.0, 4.0]), 2.0, CORRELATION),
     "euler maruyama": lambda: dist.EulerMaruyama(TIMES, drift, dist.Normal(1.0, 0.5)),
     "euler maruyama of vectors": lambda: dist.EulerMaruyama(TIMES, drift, dist.Normal(np.ones(2), 0.5).to_event(1)),
     "expanded": lambda: dist.Gamma(np.array([[0.5], [3.0]]), 2.0).expand([2, 2]).to_event(2),
@@ -142,10 +125,15 @@ COVARIANCE = gram(TRIL.astype(float))
 # NumPyro's gamma draws are slow on a CPU, and two of its samplers need a library that is not installed.
 OWN_SAMPLERS = {
     "two-sided t": lambda rng: between(rng.standard_t(3.0, DRAWS), -1.0, 2.0),
-    "left gamma": lambda rng: between(rng.gamma(2.0, 1.0, DRAWS), 1.0, np.inf),
+    "student t": lambda rng: 1.0 + 2.0 * rng.standard_t(3.0, DRAWS),
+    "gamma": lambda rng: rng.gamma(2.5, 1 / 3.0, DRAWS),
+    "beta": lambda rng: rng.beta(0.5, 2.0, DRAWS),
+    "beta by mean": lambda rng: rng.beta(1.2, 2.8, DRAWS),
+    "left logistic": lambda rng: between(rng.logistic(1.0, 2.0, 2 * DRAWS), 0.5, np.inf),
+    "decreasing transform": lambda rng: 1.0 - 2.0 * rng.gamma(2.0, 1.0, DRAWS),
+    "multivariate t": lambda rng: scipy.stats.multivariate_t(np.ones(3), COVARIANCE, 3.0).rvs(DRAWS, rng),
     "two-sided gamma": lambda rng: between(rng.gamma(2.0, 1.0, 2 * DRAWS), 1.0, 3.0),
     "gaussian copula": lambda rng: copula(rng, [scipy.stats.gamma(a) for a in (0.5, 2.0, 4.0)]),
-    "copula of betas": lambda rng: copula(rng, [scipy.stats.beta(a, 2.0) for a in (0.5, 2.0, 4.0)]),
     "dirichlet": lambda rng: rng.dirichlet([0.5, 2.0, 1.0, 5.0], DRAWS),
     "expanded": lambda rng: rng.gamma([[0.5], [3.0]], 0.5, (DRAWS, 2, 2)),
     "expanded vectors": lambda rng: np.stack([rng.dirichlet(a, (DRAWS, 2)) for a in ((1.0, 2.0), (4.0, 0.5))], 1),
@@ -195,7 +183,7 @@ def free_coordinates(name, value):
     return value
 
 
-@pytest.mark.parametrize("name", [n for n in MULTIVARIATE if "expanded" not in n and n != "copula of betas"])
+@pytest.mark.parametrize("name", [n for n in MULTIVARIATE if "expanded" not in n])
 def test_density_is_the_normal_one_over_the_jacobian(name):
     """log N(z) - log|det T'(z)| = log p(T(z)) and pull(push(z)) = z, in float64."""
     with jax.enable_x64(True):

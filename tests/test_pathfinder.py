@@ -29,7 +29,7 @@ def test_linear_gaussian_is_exact():
     assert int(draws.outcome) == Outcome.SUCCESS
     assert float(draws.summary["elbo"]) == pytest.approx(problem.numbers["log_evidence"], abs=0.02)
     assert float(draws.summary["log_evidence"]) == pytest.approx(problem.numbers["log_evidence"], abs=0.01)
-    theta = np.asarray(jax.vmap(read.constrain)(draws.positions[0])["theta"], float)
+    theta = np.asarray(jax.jit(jax.vmap(read.constrain))(draws.positions[0])["theta"], float)
     mean, sd = problem.numbers["mean"]["theta"], problem.numbers["sd"]["theta"]
     # 4000 nearly independent draws: 4 standard errors, false alarm 6e-5 for each entry
     assert np.abs((theta.mean(0) - mean) / sd).max() < 4 / np.sqrt(4000)
@@ -58,7 +58,7 @@ def test_counts(bod_runs):
     climbs = method.paths * float(draws.summary["steps"])
     assert float(draws.gradient_evaluations) == climbs
     assert float(draws.evaluations) == climbs * (1 + method.elbo_samples) + method.proposals
-    expected = jax.vmap(_read(bod.PROBLEM).log_density)(draws.positions[0])
+    expected = jax.jit(jax.vmap(_read(bod.PROBLEM).log_density))(draws.positions[0])
     np.testing.assert_allclose(draws.stats["lp"][0], expected, rtol=1e-4)
 
 
@@ -136,43 +136,37 @@ def test_other_data_do_not_recompile():
     assert second.compile_seconds == 0
 
 
-def _corner(y=None):
-    """NaN or zero likelihood on three quarters of the prior."""
+def _quadrant(limit, y=None):
+    """NaN or zero likelihood below a limit."""
     z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-    numpyro.factor("support", jnp.where(z[0] < 0, jnp.nan, jnp.where(z[1] < 0, -jnp.inf, 0.0)))
+    numpyro.factor("support", jnp.where(z[0] < limit, jnp.nan, jnp.where(z[1] < limit, -jnp.inf, 0.0)))
     numpyro.sample("y", dist.Normal(z.sum(), 0.5), obs=y)
 
 
-def test_failed_proposals_have_no_weight():
-    draws = SMALL.run(read_problem(_corner, (), {"y": np.array(3.0)}), jax.random.key(0), 100, Runner())
-    positions = np.asarray(draws.positions)
-    assert not np.isnan(positions).any()
-    assert np.isfinite(draws.stats["lp"]).all() or int(draws.outcome) != Outcome.SUCCESS
+def _above(limit):
+    problem = read_problem(_quadrant, (), {"limit": np.array(limit), "y": np.array(3.0)})
+    return SMALL.run(problem, jax.random.key(0), 100, Runner())
+
+
+def test_failed_starts_and_proposals_are_left_out():
+    draws = _above(0.0)
+    assert int(draws.outcome) == Outcome.SUCCESS
+    assert np.asarray(draws.positions).min() > 0
+    assert np.isfinite(draws.stats["lp"]).all()
 
 
 def test_no_start_is_said():
-    def model(y=None):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.factor("never", jnp.where(z > 100, 0.0, -jnp.inf))
-        numpyro.sample("y", dist.Normal(z, 1), obs=y)
-
-    draws = SMALL.run(read_problem(model, (), {"y": np.array(0.3)}), jax.random.key(0), 5, Runner())
+    draws = _above(100.0)
     assert int(draws.outcome) == Outcome.NONFINITE_START
     assert not np.isnan(draws.positions).any()
 
 
-def test_too_few_steps_are_said():
-    draws = Pathfinder(paths=2, max_steps=3, elbo_samples=10, proposals=320).run(
-        _read(bod.PROBLEM), jax.random.key(0), 5, Runner()
-    )
-    assert int(draws.outcome) == Outcome.MAXIMUM_STEPS
-
-
-def test_float64():
+def test_float64_and_too_few_steps():
     with jax.enable_x64(True):
-        draws = SMALL.run(_read(bod.PROBLEM), jax.random.key(0), 5, Runner())
+        method = Pathfinder(paths=2, max_steps=3, elbo_samples=10, proposals=320)
+        draws = method.run(_read(bod.PROBLEM), jax.random.key(0), 5, Runner())
         assert draws.positions.dtype == jnp.float64
-        assert int(draws.outcome) == Outcome.SUCCESS
+        assert int(draws.outcome) == Outcome.MAXIMUM_STEPS
 
 
 def test_warning_by_khat(bod_runs):

@@ -54,7 +54,7 @@ def test_linear_gaussian_moments():
     problem = linear_gaussian.linear_gaussian(2)
     read = _read(problem)
     draws = PreconditionedCrankNicolson(thinning=50).run(read, jax.random.key(0), 2000, Runner())
-    theta = np.asarray(jax.vmap(jax.vmap(read.constrain))(draws.positions)["theta"], float)
+    theta = np.asarray(jax.jit(jax.vmap(jax.vmap(read.constrain)))(draws.positions)["theta"], float)
     mean, covariance = problem.numbers["mean"]["theta"], problem.numbers["covariance"]
     _check_mean(theta, mean)
     centred = theta - mean
@@ -64,7 +64,7 @@ def test_linear_gaussian_moments():
 def test_lp_is_the_log_density():
     problem = _read(bod.PROBLEM)
     draws = PreconditionedCrankNicolson(chains=2, warmup=50, thinning=2).run(problem, jax.random.key(0), 20, Runner())
-    expected = jax.vmap(jax.vmap(problem.log_density))(draws.positions)
+    expected = jax.jit(jax.vmap(jax.vmap(problem.log_density)))(draws.positions)
     np.testing.assert_allclose(draws.stats["lp"], expected, rtol=1e-5)
     assert draws.stats["acceptance_rate"].shape == (2, 20)
 

@@ -71,13 +71,6 @@ def within(base, low, high):
     )
 
 
-def right_gamma(a, rate, high):
-    base = scipy.stats.gamma(a, scale=1 / rate)
-    mass = base.cdf(high)
-    return Law(lambda p: base.ppf(p * mass), lambda q: base.ppf((1 - q) * mass))
-
-
-NORMALS = (0.0, 1.0)
 S = scipy.stats
 FAMILIES = {
     "normal": (dist.Normal, [(1.0, 2.0)], S.norm, "scale"),
@@ -138,7 +131,6 @@ FAMILIES = {
         lambda a, b: within(S.cauchy, a, b),
         "scale",
     ),
-    "right gamma": (lambda a, r, b: dist.TruncatedGamma(a, r, high=b), [(2.0, 3.0, 1.0)], right_gamma, ""),
 }
 
 
@@ -184,9 +176,13 @@ def support_bounds(make, parameters):
     return np.asarray(ends, float).T[..., None]
 
 
+COMPOSED = ("two-sided cauchy",)  # of maps that are tested in float32 by themselves
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize("bits", [64, 32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "bits"), [(f, bits) for f in FAMILIES for bits in (64, 32) if bits == 64 or f not in COMPOSED]
+)
 def test_quantiles_equal_scipys(family, bits):
     make, parameters, law, measure = FAMILIES[family]
     dtype = np.dtype(f"float{bits}")
@@ -224,8 +220,6 @@ DERIVATIVES = {
     "gamma": (lambda z, a: gamma_quantile.log_gamma(z, a), [(0.3,), (4.0,), (300.0,)]),
     "beta": (lambda z, a, b: beta_quantile.logit_beta(z, a, b), [(0.4, 3.0), (20.0, 7.0)]),
     "student t": (lambda z, v: jnp.arcsinh(quantiles.student_t(z, v)), [(1.5,), (40.0,)]),
-    "half normal": (lambda z, s: s * special.half_normal(z), [(2.0,)]),
-    "left truncated": (lambda z, a: truncation.above(z, a)[0], [(-1.0,), (4.0,)]),
     "left truncated, distance": (lambda z, a: truncation.above(z, a)[1], [(-1.0,), (4.0,)]),
     "truncated": (lambda z, a, b: truncation.within(z, a, b)[1], [(-1.0, 2.0), (3.0, 3.2)]),
     "power law": (lambda z, k, w: quantiles.log_power_law(z, k, w), [(0.0, 1.3), (-2.0, 1.3)]),
@@ -257,12 +251,17 @@ def test_derivatives_equal_differences(name):
 def test_tails_reach_far_beyond_underflow():
     """log Phi and its inverse where Phi underflows, against SciPy's log_ndtr."""
     z = np.array([-1e3, -50.0, -20.0, -12.5, -3.0])
+
+    def there_and_back(z):
+        lower, upper = special.log_tails(z)
+        return lower, special.normal_score(lower, upper), special.normal_score(upper, lower)
+
     with jax.enable_x64(True):
-        lower, upper = special.log_tails(jnp.asarray(z))
-        np.testing.assert_allclose(lower, scipy.special.log_ndtr(z), rtol=1e-9)
-        np.testing.assert_allclose(special.normal_score(lower, upper), z, rtol=1e-9)
-        np.testing.assert_allclose(special.normal_score(upper, lower), -z, rtol=1e-9)
-    single = special.tail_score(jnp.asarray(scipy.special.log_ndtr(z), jnp.float32))
+        lower, score, mirrored = map(np.asarray, compiled(there_and_back, jnp.asarray(z)))
+    np.testing.assert_allclose(lower, scipy.special.log_ndtr(z), rtol=1e-9)
+    np.testing.assert_allclose(score, z, rtol=1e-9)
+    np.testing.assert_allclose(mirrored, -z, rtol=1e-9)
+    single = compiled(special.tail_score, jnp.asarray(scipy.special.log_ndtr(z), jnp.float32))
     np.testing.assert_allclose(single, z, rtol=1e-6)
 
 

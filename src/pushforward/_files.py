@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import tempfile
+import zlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import equinox as eqx
 import jax
@@ -35,10 +37,10 @@ def _write(path: Path, header: dict[str, Any], arrays: list[np.ndarray]) -> None
 
 def _read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(bytes(file[_HEADER]).decode())
             arrays = [file[f"array_{i}"] for i in range(len(file.files) - 1)]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is not a file of pushforward, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}.")
@@ -135,6 +137,15 @@ def _encode(value: Any, arrays: list[np.ndarray]) -> Any:
     raise ArgumentError(f"pf.save cannot write a field of type {type(value).__name__}.")
 
 
+def _module(name: str) -> Any:
+    if not name.startswith("pushforward."):
+        return None
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
 def _decode(value: Any, arrays: list[np.ndarray]) -> Any:
     if not isinstance(value, dict):
         return value
@@ -147,10 +158,14 @@ def _decode(value: Any, arrays: list[np.ndarray]) -> Any:
     if "array" in value:
         return jnp.asarray(arrays[value["array"]])
     module, name = value["class"]
-    kind = getattr(import_module(module), name, None) if module.startswith("pushforward.") else None
+    kind = getattr(_module(module), name, None)
     if not (isinstance(kind, type) and issubclass(kind, eqx.Module)):
         raise CheckpointError(f"the file names {module}.{name}, which this version of pushforward does not have.")
     made = object.__new__(kind)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for field, content in value["fields"].items():
-        object.__setattr__(made, field, _decode(content, arrays))
+        found, default = _decode(content, arrays), defaults.get(field)
+        # Equinox leaves out of a repr what *is* the default.
+        same = type(found) is type(default) and isinstance(found, int | float | str) and found == default
+        object.__setattr__(made, field, default if same else found)
     return made

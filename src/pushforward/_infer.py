@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,9 +208,16 @@ def _checkpoint_path(checkpoint: Any) -> Path | None:
 def _identity(model: Model, args: tuple, kwargs: dict, method: Method, key: Key, draws: int) -> str:
     """A digest of everything that determines the draws."""
     constant = split(args, kwargs, constant=True).static
-    parts = (fingerprint(model), constant, repr(method), np.asarray(jax.random.key_data(key)).tolist(), draws)
+    parts = (fingerprint(model), constant, _content(method), np.asarray(jax.random.key_data(key)).tolist(), draws)
     text = stable_text(parts) + jnp.result_type(float).name + _version("pushforward")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """Options of a method and the arrays that it has learned, by content (a repr shows neither all nor exactly)."""
+    if isinstance(value, eqx.Module):
+        return (type(value).__qualname__, *((f.name, _content(getattr(value, f.name))) for f in fields(value)))
+    return fingerprint(value)
 
 
 def _with_khat(found: Draws) -> Draws:

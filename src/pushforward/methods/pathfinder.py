@@ -326,8 +326,8 @@ def _fit_pareto(excess: np.ndarray) -> tuple[float, float]:
     Technometrics 51, doi:10.1198/tech.2009.08017; the shape is shrunk towards 0.5 as in Vehtari et al. (2024).
     """
     n, prior = excess.size, 3.0
-    count = 30 + int(np.sqrt(n))
-    theta = 1 / excess[-1] + (1 - np.sqrt(count / (np.arange(1, count + 1) - 0.5))) / (
+    nodes = 30 + int(np.sqrt(n))
+    theta = 1 / excess[-1] + (1 - np.sqrt(nodes / (np.arange(1, nodes + 1) - 0.5))) / (
         prior * excess[int(n / 4 + 0.5) - 1]
     )
     shapes = np.log1p(-theta[:, None] * excess).mean(1)

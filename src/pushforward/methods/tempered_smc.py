@@ -1,4 +1,4 @@
-"""`TemperedSMC`: independent islands of particles that are led from the prior to the posterior."""
+"""`TemperedSMC`: islands of particles that are led from the prior to the posterior."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import logsumexp
+from jax.scipy.special import logsumexp, ndtr
 from jax.sharding import Mesh
 
 from pushforward import parallel
@@ -32,13 +32,14 @@ class TemperedSMC(Method):
     mutation_steps`` ancestors systematically and moves each for ``mutation_steps`` steps. All states on the
     way are the next particles (waste-free SMC): a stage costs one run of the model per particle.
 
-    The moves suit few and many dimensions. With the island's mean ``m`` and covariance ``C`` they are in turn
-    a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, and
+    The moves suit few and many dimensions. With mean ``m`` and covariance ``C`` of the other islands' particles, every
+    fourth is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, the others
     the autoregression ``z' = m + sqrt(1 - b^2) (z - m) + b C^1/2 xi``, reversible for N(m, C) and so always
     accepted where the posterior is Gaussian, in any dimension; ``s`` and ``b`` follow the acceptance.
 
-    The islands are independent and of equal standing: they are the chains of the result, so that R-hat
-    tells whether they agree, and the evidence is the mean of theirs, with a standard error from their spread.
+    The islands are of equal standing and exchange no particles; only the schedule is common, and ``m`` and ``C``
+    come from the others. They are the chains of the result, so that R-hat tells whether they agree, and the
+    evidence is the mean of theirs, with a standard error from their spread.
     The mean of products of mean weights is unbiased for a schedule fixed in advance (Del Moral 2004, theorem
     7.4.2; Dau and Chopin 2022, proposition 1); adaptation adds a bias of order 1 / particles.
 
@@ -48,9 +49,9 @@ class TemperedSMC(Method):
     Args:
         particles: particles of each island, a multiple of `mutation_steps`. An island gives at most that
             many draws; fewer are evenly spaced ones.
-        islands: independent runs.
+        islands: number of islands; they are what `mesh=` splits.
         target_ess: fraction of the particles that the weights of a stage are to be worth.
-        mutation_steps: steps of each ancestor, alternately of the two kinds.
+        mutation_steps: steps of each ancestor, three in four autoregressions.
         max_stages: stages at most; the run ends when lambda is 1.
 
     Reference:
@@ -274,10 +275,10 @@ def _mutate(
         return (u, z, values, scales.astype(log_scales.dtype)), (z, values, rate)
 
     u = solve_triangular(moves.root, (z - moves.mean).T, lower=True).T
-    noise_key, accept_key = jax.random.split(key)
+    # One call for all random numbers, which compiles faster: the last column decides on acceptance.
     steps = method.mutation_steps
-    noise = jax.random.normal(noise_key, (steps, *u.shape), u.dtype)
-    thresholds = jax.random.uniform(accept_key, (steps, *values.shape), values.dtype)
+    normal = jax.random.normal(key, (steps, u.shape[0], u.shape[1] + 1), u.dtype)
+    noise, thresholds = normal[..., :-1], ndtr(normal[..., -1])
     carry = u, z, values, log_scales
     (_, _, _, scales), (states, found, rates) = jax.lax.scan(step, carry, (jnp.arange(steps), noise, thresholds))
     return jnp.swapaxes(states, 0, 1), found.T, scales, jnp.mean(rates)

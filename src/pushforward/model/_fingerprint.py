@@ -80,8 +80,15 @@ def _function(fn: types.FunctionType, seen: dict[int, int]) -> Hashable:
 
 
 def _code(code: types.CodeType) -> Hashable:
-    constants = tuple(_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
+    constants = tuple(_constant(c) for c in code.co_consts)
     return (code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants)
+
+
+def _constant(value: Any) -> Hashable:
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    # The order of a set differs from process to process, and fingerprints name checkpoints.
+    return ("frozenset", tuple(sorted(map(repr, value)))) if isinstance(value, frozenset) else repr(value)
 
 
 def _names(code: types.CodeType) -> list[str]:
@@ -138,7 +145,7 @@ def _sequence(value: Any, seen: dict[int, int]) -> Hashable:
 
 
 def _set(value: Any, seen: dict[int, int]) -> Hashable:
-    return ("set", frozenset(_fingerprint(v, seen) for v in value))
+    return ("set", tuple(sorted((_fingerprint(v, seen) for v in value), key=repr)))
 
 
 def _class(value: type, seen: dict[int, int]) -> Hashable:

@@ -287,8 +287,8 @@ def check_data(problem: InverseProblem) -> list[str]:
 def shape_warnings(problem: InverseProblem) -> list[str]:
     """Data that NumPyro broadcasts against more predictions than there are data."""
     return [
-        f"data '{site.name}' of shape {site.shape} are compared with predictions of shape {site.broadcast}, so each datum "
-        "counts several times. If that is not meant, reshape the data or the prediction."
+        f"data '{site.name}' of shape {site.shape} are compared with predictions of shape {site.broadcast}, so each "
+        "datum counts several times. If that is not meant, reshape the data or the prediction."
         for site in problem.sites.values()
         if site.role == "data" and site.broadcast not in ((), site.shape)
     ]
@@ -345,6 +345,9 @@ def diagnose(problem: InverseProblem) -> None:
     for name, site in trace.items():
         if site["type"] != "sample":
             continue
+        if isinstance(site["fn"], dist.Unit):
+            _check_factor(name, site)
+            continue
         part = "noise" if site["is_observed"] else "prior"
         for parameter, value in outside_domain(site["fn"]):
             raise DataError(
@@ -359,3 +362,12 @@ def diagnose(problem: InverseProblem) -> None:
                 f"the log density of site '{name}' is {float(density)} with all latent sites at the prior's centre. "
                 "Look for NaN or infinity in the model's other arguments, and for predictions outside the support."
             )
+
+
+def _check_factor(name: str, site: dict) -> None:
+    value = float(jnp.sum(site["fn"].log_prob(site["value"])))
+    if not np.isfinite(value) and not name.startswith(_trace._CORRECTION):
+        raise DataError(
+            f"numpyro.factor '{name}' is {value} with all latent sites at the prior's centre. It takes a log "
+            "density, finite wherever the prior has mass."
+        )
