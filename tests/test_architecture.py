@@ -21,6 +21,7 @@ MODULES = {
 # A module may import modules of its own layer and of layers below it (smaller numbers), nothing above.
 LAYERS = {
     "pushforward": 9,
+    "pushforward.contract": 8,
     "pushforward.describe": 8,
     "pushforward.predictive": 8,
     "pushforward._infer": 7,
@@ -56,7 +57,13 @@ DOORS = {
     "arviz": ("pushforward.posterior", "pushforward.metrics", "pushforward.compare", "pushforward.diagnostics"),
     "arviz_stats": ("pushforward.posterior", "pushforward.metrics", "pushforward.compare", "pushforward.diagnostics"),
     "arviz_base": ("pushforward.posterior", "pushforward.metrics", "pushforward.compare", "pushforward.diagnostics"),
-    "xarray": ("pushforward.posterior", "pushforward.metrics", "pushforward.compare", "pushforward.predictive"),
+    "xarray": (
+        "pushforward.posterior",
+        "pushforward.metrics",
+        "pushforward.compare",
+        "pushforward.predictive",
+        "pushforward.contract",  # reads a written result back
+    ),
     "pandas": ("pushforward.compare",),
     "matplotlib": ("pushforward.compare",),
     "diffrax": ("pushforward.problems",),

@@ -8,7 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pytest
 
 import pushforward as pf
@@ -40,13 +40,13 @@ def parameters():
 @pytest.mark.parametrize("page", parameters())
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mpl.use("Agg")
+    plt.switch_backend("Agg")
     namespace = {"__name__": page.stem}
     for i, block in enumerate(FENCE.findall(page.read_text())):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # short chains warn of themselves
             exec(compile(reduced(block), f"{page.name}, block {i}", "exec"), namespace)
-    mpl.pyplot.close("all")
+    plt.close("all")
 
 
 def test_readme_program_is_short():

@@ -95,8 +95,7 @@ def _acceptance_at(problem, beta, chains=64, steps=1000):
 
 
 def test_acceptance_does_not_depend_on_the_mesh():
-    # For d = 25, 100, 400 the data see the same field up to its truncated tail. An ordinary random walk of the same
-    # step would go from 0.43 to less than 0.1.
+    # For d = 25, 100, 400 the data see the same field up to its truncated tail.
     rates = {d: _acceptance_at(_field_problem(d), 0.3) for d in (25, 100, 400)}
     mean = {d: r.mean() for d, r in rates.items()}
     error = {d: r.std(ddof=1) / np.sqrt(r.size) for d, r in rates.items()}

@@ -133,17 +133,22 @@ def test_predict_with_the_same_and_with_new_arguments(tree):
 
 
 def test_predict_draws_sites_that_the_posterior_does_not_have():
-    def model(x, y=None):
+    def model(x, new=False, y=None):
         slope = numpyro.sample("slope", dist.Normal(0, 1))
+        shift = numpyro.sample("shift", dist.Normal(0, 1)) if new else 0.0
         with numpyro.plate("datum", len(x)):
-            numpyro.sample("y", dist.Normal(slope * x, 0.1), obs=y)
+            numpyro.sample("y", dist.Normal(slope * x + shift, 0.1), obs=y)
 
-    x = np.arange(3.0)
-    tree = pf.infer(model, method="laplace", draws=50, progress=False, x=x, y=2 * x)
-    new = pf.predict(tree, model, x=np.arange(5.0), group="predictions")
-    assert new["predictions"]["y"].shape == (1, 50, 5)
-    assert new["predictions"]["y"].dims[2:] == ("datum",)
-    np.testing.assert_allclose(new["predictions"]["y"], tree["posterior"]["slope"] * np.arange(5.0), atol=0.6)
+    x = np.arange(5.0)
+    tree = pf.infer(model, method="laplace", draws=2000, progress=False, x=x[:3], y=2 * x[:3])
+    predicted = pf.predict(tree, model, x=x, group="predictions")["predictions"]["y"]
+    assert predicted.shape == (1, 2000, 5)
+    assert predicted.dims[2:] == ("datum",)
+    line = tree["posterior"]["slope"].to_numpy()[..., None] * x
+    np.testing.assert_allclose(predicted, line, atol=0.1 * 6)
+    shifted = pf.predict(tree, model, x=x, new=True, group="predictions")["predictions"]["y"]
+    # shift + noise ~ N(0, 1.01) over 2000 draws: within 4.5 sd of its standard deviation, false-alarm rate 7e-6
+    assert (shifted.to_numpy() - line)[..., 0].std() == pytest.approx(1.01**0.5, rel=4.5 / 4000**0.5)
 
 
 def test_prior_and_prior_predictive():

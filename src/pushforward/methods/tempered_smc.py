@@ -32,10 +32,10 @@ class TemperedSMC(Method):
     mutation_steps`` ancestors systematically and moves each for ``mutation_steps`` steps. All states on the
     way are the next particles (waste-free SMC): a stage costs one run of the model per particle.
 
-    The moves suit few and many dimensions. With mean ``m`` and covariance ``C`` of the other islands' particles, every
-    fourth is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, the others
-    the autoregression ``z' = m + sqrt(1 - b^2) (z - m) + b C^1/2 xi``, reversible for N(m, C) and so always
-    accepted where the posterior is Gaussian, in any dimension; ``s`` and ``b`` follow the acceptance.
+    The moves suit few and many dimensions. With mean ``m`` and covariance ``C`` of the other islands' particles,
+    every fourth is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their
+    tails; the others are the autoregression ``z' = m + sqrt(1 - b^2) (z - m) + b C^1/2 xi``, reversible for N(m, C)
+    and so always accepted where the posterior is Gaussian, in any dimension; ``s`` and ``b`` follow the acceptance.
 
     The islands are of equal standing and exchange no particles; only the schedule is common, and ``m`` and ``C``
     come from the others. They are the chains of the result, so that R-hat tells whether they agree, and the
