@@ -51,13 +51,14 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_pages.py
 	$(BIN)/mkdocs build --strict --quiet
 
-# Reduced copies go to out/: the notebooks in the repository keep the outputs of a full run.
+# Reduced copies go to out/: the notebooks in the repository keep the outputs of a full run. MPLBACKEND is taken away,
+# because with it notebooks show no figures.
 notebooks: $(STAMP)
 	mkdir -p out/notebooks
-	$(REDUCED) $(BIN)/jupyter-nbconvert --to notebook --execute --output-dir out/notebooks notebooks/*.ipynb
+	env -u MPLBACKEND $(REDUCED) $(BIN)/jupyter-nbconvert --to notebook --execute --output-dir out/notebooks notebooks/*.ipynb
 
 notebooks-full: $(STAMP)
-	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.speed

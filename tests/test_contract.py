@@ -15,7 +15,7 @@ from pushforward.methods._base import Draws, Method, count
 CHEAP = {
     "nuts": pf.NUTS(warmup=200),
     "pcn": pf.PreconditionedCrankNicolson(warmup=500, thinning=20),
-    "tempered_smc": pf.TemperedSMC(particles=1000),
+    "tempered_smc": pf.TemperedSMC(particles=400, islands=4),
     "laplace": pf.Laplace(),
     "gaussian_vi": pf.GaussianVI(samples=64),
     "pathfinder": pf.Pathfinder(),

@@ -28,7 +28,7 @@ def schools(errors, y=None):
 @pytest.fixture(scope="module")
 def tree():
     return pf.infer(
-        schools, method=pf.TemperedSMC(particles=400, islands=4), draws=400, predictive=True, progress=False,
+        schools, method="laplace", draws=1600, predictive=True, progress=False,
         coords={"school": SCHOOLS}, errors=ERRORS.copy(), y=EFFECTS.copy(),
     )  # fmt: skip
 
@@ -46,8 +46,7 @@ def test_groups_dims_and_coordinates(tree):
     }
     for group, variables in dims.items():
         assert {n: v.dims[2:] for n, v in tree[group].data_vars.items()} == variables
-        assert tree[group].sizes["chain"] == 4
-        assert tree[group].sizes["draw"] == 400
+        assert (tree[group].sizes["chain"], tree[group].sizes["draw"]) == (1, 1600)
     assert tree["observed_data"]["y"].dims == ("school",)
     for group in ("posterior", "observed_data", "posterior_predictive"):
         assert list(tree[group]["school"].to_numpy()) == SCHOOLS
@@ -70,6 +69,8 @@ def test_predictive_draws_have_the_law_of_the_data_given_the_draws(tree):
     np.testing.assert_allclose(residual.std(("chain", "draw")), 1, rtol=4.5 / 3200**0.5)
 
 
+# One datum to each theta: leaving it out changes its posterior much, whatever the method.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 def test_arviz_reads_it(tree):
     summary = az.summary(tree)
     assert list(summary.index) == ["mu", "spread", "tau", *(f"theta[{s}]" for s in SCHOOLS)] or set(summary.index) >= {
@@ -124,7 +125,7 @@ def test_attributes_survive_encoding():
 
 def test_predict_with_the_same_and_with_new_arguments(tree):
     same = pf.predict(tree, schools, ERRORS.copy(), key=1)
-    assert same["posterior_predictive"]["y"].shape == (4, 400, 4)
+    assert same["posterior_predictive"]["y"].shape == (1, 1600, 4)
     assert not np.allclose(same["posterior_predictive"]["y"], tree["posterior_predictive"]["y"])
     new = pf.predict(tree, schools, ERRORS / 1000, group="predictions")
     np.testing.assert_allclose(new["predictions"]["y"], tree["posterior"]["theta"], atol=0.2)
