@@ -1,5 +1,6 @@
-"""`TemperedSMC`: islands of particles that are led from the prior to the posterior."""
+"""`TemperedSMC`: islands of particles that are led from the prior to the posterior, by BlackJAX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import logsumexp, ndtr
+from jax.scipy.special import logsumexp
 from jax.sharding import Mesh
 
 from pushforward import parallel
@@ -18,24 +19,24 @@ from pushforward.methods._base import Draws, Method, check_integer, count
 from pushforward.model.inverse import InverseProblem
 
 _DEAD = -1e30
-_TARGET_ACCEPTANCE = 0.3
-_GAIN = 0.5
-_PERIOD = 4
+_WALKS = 0.3
+_SCALES = (0.15, 1.0)
 _LARGE_ERROR = 0.5
 
 
 class TemperedSMC(Method):
     """Sequential Monte Carlo along ``p(z) p(y | z)^lambda``, lambda from 0 to 1; estimates the evidence.
 
-    Each stage raises lambda so far that the weights ``p(y | z)^delta`` keep an effective sample size of
+    Each stage raises lambda so far that the weights ``p(y | z)^delta`` keep a conditional effective sample size of
     ``target_ess`` times the particles, multiplies the evidence by their mean, resamples ``particles /
     mutation_steps`` ancestors systematically and moves each for ``mutation_steps`` steps. All states on the
-    way are the next particles (waste-free SMC): a stage costs one run of the model per particle.
+    way are the next particles (waste-free SMC). Tempering, resampling and the Metropolis-Hastings kernel are
+    BlackJAX's.
 
     The moves suit few and many dimensions. With mean ``m`` and covariance ``C`` of the other islands' particles,
-    every fourth is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their
-    tails; the others are the autoregression ``z' = m + sqrt(1 - b^2) (z - m) + b C^1/2 xi``, reversible for N(m, C)
-    and so always accepted where the posterior is Gaussian, in any dimension; ``s`` and ``b`` follow the acceptance.
+    a step is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, or
+    the autoregression ``z' = m + sqrt(1 - s^2) (z - m) + s C^1/2 xi``, reversible for N(m, C) and so always
+    accepted where the posterior is Gaussian, in any dimension. Kind and scale s are drawn anew at each step.
 
     The islands are of equal standing and exchange no particles; only the schedule is common, and ``m`` and ``C``
     come from the others. They are the chains of the result, so that R-hat tells whether they agree, and the
@@ -51,7 +52,7 @@ class TemperedSMC(Method):
             many draws; fewer are evenly spaced ones.
         islands: number of islands; they are what `mesh=` splits.
         target_ess: fraction of the particles that the weights of a stage are to be worth.
-        mutation_steps: steps of each ancestor, three in four autoregressions.
+        mutation_steps: states of each ancestor, its first one included.
         max_stages: stages at most; the run ends when lambda is 1.
 
     Reference:
@@ -87,7 +88,7 @@ class TemperedSMC(Method):
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
         keys = jax.random.split(key, self.islands)
-        first = _start(self, problem.dimension)
+        first = runner.call(_start, self, problem, keys)
         last = runner.loop(_advance, first, self.max_stages, self, problem, keys, runner.mesh)
         return _package(self, jax.device_get(last), min(draws, self.particles))
 
@@ -103,35 +104,25 @@ class TemperedSMC(Method):
 
 
 class _Islands(eqx.Module):
-    """All islands: particles (island, ancestor, step, d), and what a stage carries on.
-
-    Stage 0 draws the prior through the same moves: at lambda = 0, with mean 0, covariance I and b = 1, the
-    autoregression proposes independent prior draws and accepts all. So the model is compiled once.
-    """
+    """All islands: particles (island, particle, d) weighted for `temperature`, which they share."""
 
     z: Array
-    log_likelihood: Array
+    weights: Array
     temperature: Array
     log_evidence: Array
-    log_scales: Array
     acceptance: Array
     stages: Array
+    finished: Array
     alive: Array
 
 
-def _start(method: TemperedSMC, d: int) -> _Islands:
-    shape = (method.islands, method.particles // method.mutation_steps, method.mutation_steps)
-    zero = jnp.zeros(method.islands)
-    return _Islands(
-        z=jnp.zeros((*shape, d)),
-        log_likelihood=jnp.zeros(shape),
-        temperature=jnp.zeros((), zero.dtype),
-        log_evidence=zero,
-        log_scales=jnp.zeros((method.islands, 2)),
-        acceptance=zero,
-        stages=jnp.zeros((), int),
-        alive=jnp.ones((), bool),
-    )
+def _start(method: TemperedSMC, problem: InverseProblem, keys: Key) -> _Islands:
+    def prior(key: Key) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, method.max_stages), (method.particles, problem.dimension))
+
+    zero, no = jnp.zeros(method.islands), jnp.zeros((), bool)
+    weights = jnp.full((method.islands, method.particles), 1 / method.particles)
+    return _Islands(jax.vmap(prior)(keys), weights, jnp.zeros(()), zero, zero, jnp.zeros((), int), no, ~no)
 
 
 def _advance(
@@ -143,61 +134,110 @@ def _advance(
     keys: Key,
     mesh: Mesh | None,
 ) -> _Islands:
-    """Carry all islands from stage `start` to stage `stop`, or to lambda = 1."""
+    """Carry all islands from stage `start` to stage `stop`, or through the stage that moves them at lambda = 1."""
 
     def unfinished(s: _Islands) -> Array:
-        return (s.stages < stop) & ((s.temperature < 1) | (s.stages == 0)) & s.alive
+        return (s.stages < stop) & ~s.finished & s.alive
 
     return jax.lax.while_loop(unfinished, lambda s: _stage(s, method, problem, keys, mesh), state)
 
 
 def _stage(s: _Islands, method: TemperedSMC, problem: InverseProblem, keys: Key, mesh: Mesh | None) -> _Islands:
-    """Reweight, resample, move. Stage 0 has no weights and moves all particles to the prior."""
+    """Choose the next lambda from the weighted particles; resample and move them at the present one; weight anew."""
+    from blackjax.smc import tempered
+
+    kernel = _kernel(method, problem)
+    likelihood = _log_likelihood(problem)
+
+    def island(z: Array, weights: Array, mean: Array, root: Array, key: Key) -> tuple[Array, ...]:
+        # A leading axis of length 1 is BlackJAX's sign for parameters that all particles share.
+        shared = {"mean": mean[None], "root": root[None]}
+        state = tempered.TemperedSMCState(z, weights, s.temperature)
+        after, info = kernel(jax.random.fold_in(key, s.stages), state, None, s.temperature, shared)
+        return after.particles, jax.vmap(likelihood)(after.particles), jnp.mean(info.update_info.acceptance_rate)
+
+    mean, root = _moments(s.z, s.weights)
     first = s.stages == 0
-    islands, d = s.z.shape[0], s.z.shape[-1]
-    values = s.log_likelihood.reshape(islands, -1)
-    particles = s.z.reshape(islands, -1, d)
-    delta = jnp.where(first, 0.0, _increment(values.ravel(), 1 - s.temperature, method.target_ess))
-    log_weights = jnp.where(first, 0.0, delta * values)
-    log_mean = logsumexp(log_weights, axis=1) - jnp.log(values.shape[1])
-    weights = jax.nn.softmax(log_weights, axis=1)
-    mean, root = _moments(particles, weights)
     mean = jnp.where(first, 0.0, mean)
-    root = jnp.where(first, jnp.eye(d, dtype=mean.dtype), root)
+    root = jnp.where(first, jnp.eye(root.shape[-1], dtype=root.dtype), root)
+    z, values, rate = parallel.vmap(island, mesh)(s.z, s.weights, mean, root, keys)
+    delta = _increment(values, 1 - s.temperature, method.target_ess)
+    log_weights = delta * values
+    total = logsumexp(log_weights, axis=1, keepdims=True)
     # A last step that reaches 1 up to rounding is 1.
-    temperature = jnp.where(s.temperature + delta > 1 - 1e-6, 1.0, s.temperature + delta).astype(values.dtype)
-
-    def move(particles: Array, values: Array, weights: Array, mean: Array, root: Array, scales: Array, key: Key):
-        from blackjax.smc.resampling import systematic
-
-        resample_key, move_key = jax.random.split(jax.random.fold_in(key, s.stages))
-        chosen = systematic(resample_key, weights, s.z.shape[1])
-        moves = _Moves(mean, root, temperature, first)
-        return _mutate(moves, particles[chosen], values[chosen], scales, move_key, method, problem)
-
-    z, log_likelihood, log_scales, acceptance = parallel.vmap(move, mesh)(
-        particles, values, weights, mean, root, s.log_scales, keys
-    )
+    temperature = jnp.where(s.temperature + delta > 1 - 1e-6, 1.0, s.temperature + delta)
     return _Islands(
-        z=z,
-        log_likelihood=log_likelihood,
-        temperature=temperature,
-        log_evidence=s.log_evidence + log_mean,
-        log_scales=jnp.where(first, s.log_scales, log_scales),
-        acceptance=acceptance,
-        stages=s.stages + 1,
-        alive=jnp.all(jnp.any(log_likelihood > _DEAD, axis=(1, 2))),
+        z,
+        jnp.exp(log_weights - total),
+        temperature.astype(s.temperature.dtype),
+        s.log_evidence + total[:, 0] - jnp.log(values.shape[1]),
+        rate,
+        s.stages + 1,
+        s.temperature >= 1,
+        jnp.all(jnp.any(values > _DEAD, axis=1)),
     )
+
+
+def _log_likelihood(problem: InverseProblem) -> Callable[[Array], Array]:
+    """The log likelihood, with a finite stand-in for zero and NaN: 0 times it is 0 at lambda = 0."""
+
+    def value(z: Array) -> Array:
+        found = problem.log_likelihood(z)
+        return jnp.where(jnp.isfinite(found), found, _DEAD)
+
+    return value
+
+
+def _kernel(method: TemperedSMC, problem: InverseProblem) -> Callable:
+    """BlackJAX's tempered kernel: systematic resampling, then waste-free Metropolis-Hastings moves.
+
+    It is called with its present lambda, so that it moves without reweighting: BlackJAX asks for the next lambda
+    before it has moved the particles from whose likelihoods the next lambda is best chosen.
+    """
+    from blackjax.mcmc import random_walk
+    from blackjax.smc import tempered, waste_free
+    from blackjax.smc.resampling import systematic
+
+    strategy = waste_free.waste_free_smc(method.particles, method.mutation_steps)
+    return tempered.build_kernel(
+        problem.log_prior, _log_likelihood(problem), _move, random_walk.init, systematic, strategy
+    )
+
+
+def _move(key: Key, state: Any, log_density: Callable, mean: Array, root: Array) -> tuple[Any, Any]:
+    """One Metropolis-Hastings step with proposal ``m + a (z - m) + b C^1/2 xi``.
+
+    The random walk (a = 1) is symmetric. The autoregression (a^2 + b^2 = 1) is reversible for N(m, C), so the
+    ratio of its proposal densities is that of N(m, C).
+    """
+    from blackjax.mcmc import random_walk
+
+    kind_key, scale_key, move_key = jax.random.split(key, 3)
+    walk = jax.random.bernoulli(kind_key, _WALKS)
+    low, high = jnp.log(jnp.asarray(_SCALES, mean.dtype))
+    scale = jnp.exp(jax.random.uniform(scale_key, (), mean.dtype, low, high))
+    a = jnp.where(walk, 1.0, jnp.sqrt(jnp.maximum(1 - scale**2, 0.0)))
+    b = jnp.where(walk, scale * 2.38 / mean.size**0.5, scale)
+
+    def propose(key: Key, z: Array) -> Array:
+        return mean + a * (z - mean) + b * root @ jax.random.normal(key, z.shape, z.dtype)
+
+    def log_proposal(_: Any, to: Any) -> Array:
+        u = solve_triangular(root, to.position - mean, lower=True)
+        return jnp.where(walk, 0.0, -0.5 * jnp.sum(u**2))
+
+    return random_walk.build_rmh()(move_key, state, log_density, propose, log_proposal)
 
 
 def _increment(values: Array, most: Array, target: float) -> Array:
     """The delta <= `most` at which the weights exp(delta values) of living particles have the target ESS."""
     from blackjax.smc.solver import dichotomy
 
-    living = values > _DEAD
+    living = (values > _DEAD).ravel()
+    relative = jnp.where(living, values.ravel() - jnp.max(values), 0.0)
 
     def excess(delta: Array) -> Array:
-        log_weights = jnp.where(living, delta * (values - jnp.max(values)), -jnp.inf)
+        log_weights = jnp.where(living, delta * relative, -jnp.inf)
         return 2 * logsumexp(log_weights) - logsumexp(2 * log_weights) - jnp.log(target * jnp.sum(living))
 
     return dichotomy(excess, jnp.zeros_like(most), most)
@@ -227,74 +267,15 @@ def _moments(particles: Array, weights: Array) -> tuple[Array, Array]:
     return centre + shift, jax.vmap(root)(shift, square)
 
 
-class _Moves(eqx.Module):
-    """Target and proposals of one stage, in coordinates u with z = mean + root u."""
-
-    mean: Array
-    root: Array
-    temperature: Array
-    prior: Array
-
-    def coefficients(self, log_scales: Array, kind: Array) -> tuple[Array, Array, Array]:
-        """(a, b, c) of u' = a u + b xi, which is reversible for the precision c = (1 - a^2) / b^2.
-
-        Kind 0 is the autoregression, kind 1 the random walk.
-        """
-        d = self.mean.size
-        b = jnp.exp(jnp.minimum(log_scales[0], 0.0))
-        step = jnp.exp(log_scales[1]) * 2.38 / d**0.5
-        walk = (kind == 1) & ~self.prior
-        b = jnp.where(self.prior, 1.0, jnp.where(walk, step, b))
-        a = jnp.where(self.prior, 0.0, jnp.where(walk, 1.0, jnp.sqrt(jnp.maximum(1 - b**2, 0.0))))
-        return a, b, jnp.where(walk, 0.0, 1.0)
-
-
-def _mutate(
-    moves: _Moves, z: Array, values: Array, log_scales: Array, key: Key, method: TemperedSMC, problem: InverseProblem
-) -> tuple[Array, Array, Array, Array]:
-    """Move all ancestors; return states (ancestor, step, d), their likelihoods, scales and acceptance."""
-    square = jax.vmap(lambda x: jnp.sum(x**2))
-
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        u, z, values, scales = carry
-        i, noise, threshold = inputs
-        kind = (i % _PERIOD == _PERIOD - 1).astype(int)
-        a, b, c = moves.coefficients(scales, kind)
-        trial_u = a * u + b * noise
-        trial = moves.mean + trial_u @ moves.root.T
-        found = jax.vmap(problem.log_likelihood)(trial).astype(values.dtype)
-        found = jnp.where(jnp.isfinite(found), found, _DEAD)
-        ratio = moves.temperature * (found - values) - 0.5 * (square(trial) - square(z))
-        ratio = jnp.where(moves.prior, 0.0, ratio + 0.5 * c * (square(trial_u) - square(u)))
-        acceptance = jnp.exp(jnp.minimum(ratio, 0.0))
-        accepted = threshold < acceptance
-        u, z = (jnp.where(accepted[:, None], new, old) for new, old in ((trial_u, u), (trial, z)))
-        values = jnp.where(accepted, found, values)
-        rate = jnp.mean(acceptance)
-        scales = jnp.minimum(scales.at[kind].add(_GAIN * (rate - _TARGET_ACCEPTANCE)), jnp.array([0.0, 2.0]))
-        return (u, z, values, scales.astype(log_scales.dtype)), (z, values, rate)
-
-    u = solve_triangular(moves.root, (z - moves.mean).T, lower=True).T
-    # One call for all random numbers, which compiles faster: the last column decides on acceptance.
-    steps = method.mutation_steps
-    normal = jax.random.normal(key, (steps, u.shape[0], u.shape[1] + 1), u.dtype)
-    noise, thresholds = normal[..., :-1], ndtr(normal[..., -1])
-    carry = u, z, values, log_scales
-    (_, _, _, scales), (states, found, rates) = jax.lax.scan(step, carry, (jnp.arange(steps), noise, thresholds))
-    return jnp.swapaxes(states, 0, 1), found.T, scales, jnp.mean(rates)
-
-
 def _package(method: TemperedSMC, last: _Islands, draws: int) -> Draws:
-    """Evenly spaced particles, ancestor by ancestor, on the host."""
-    n, d = method.particles, last.z.shape[-1]
-    chosen = ((np.arange(draws) + 0.5) * n / draws).astype(int)
-    z = np.asarray(last.z).reshape(method.islands, n, d)[:, chosen]
-    values = np.asarray(last.log_likelihood).reshape(method.islands, n)[:, chosen]
-    lp = values - 0.5 * np.sum(z**2, -1) - z.dtype.type(0.5 * d * np.log(2 * np.pi))
-    outcome = Outcome.SUCCESS if last.temperature >= 1 else Outcome.MAXIMUM_STEPS
+    """Evenly spaced particles; the last stage moved them at lambda = 1, so they have equal weights."""
+    chosen = ((np.arange(draws) + 0.5) * method.particles / draws).astype(int)
+    outcome = Outcome.SUCCESS if last.finished else Outcome.MAXIMUM_STEPS
     outcome = outcome if last.alive else Outcome.NONFINITE_START
-    runs = count(n * method.islands * int(last.stages))
-    return Draws(z, {"lp": lp}, _summary(last), np.asarray(int(outcome)), runs, count(0))
+    # Per stage: the starts and steps of all ancestors, and the likelihoods of all particles, which BlackJAX's
+    # reweighting at an unchanged lambda computes once more.
+    runs = count(3 * method.particles * method.islands * int(last.stages))
+    return Draws(np.asarray(last.z)[:, chosen], {}, _summary(last), np.asarray(int(outcome)), runs, count(0))
 
 
 def _summary(last: _Islands) -> dict[str, Any]:
