@@ -60,7 +60,7 @@ def measure(runs: dict[str, Callable], batch: dict[str, int] | None = None) -> d
             clear()
             seconds, results[name] = cpu(run, 0)
             first[name].append(seconds)
-    for name, run in runs.items():
+    for run in runs.values():
         cpu(run, 0)
     for i in range(NEXT):
         for name, run in runs.items():

@@ -69,9 +69,9 @@ def test_full_is_exact_for_linear_gaussian_models(dimension):
 def test_diagonal_variance_is_the_inverse_of_the_precision():
     # For a Gaussian posterior with precision P the best independent Gaussian has variances 1 / P_ii.
     precision = np.array([[4.0, 1.5, 0.0], [1.5, 2.0, -0.5], [0.0, -0.5, 1.0]])
-    found, _, covariance = fit_log_density(precision, pf.GaussianVI(covariance="diagonal"))
+    _, _, covariance = fit_log_density(precision, pf.GaussianVI(covariance="diagonal"))
     np.testing.assert_allclose(np.diag(covariance), 1 / np.diag(precision), rtol=0.02)
-    found, _, covariance = fit_log_density(precision, pf.GaussianVI())
+    _, _, covariance = fit_log_density(precision, pf.GaussianVI())
     np.testing.assert_allclose(covariance, np.linalg.inv(precision), atol=0.02)
 
 
@@ -91,7 +91,7 @@ def fit_log_density(precision, method):
 
 def test_optimum_satisfies_the_stationarity_conditions():
     # At the optimum E_q[grad log p] = 0 and L^T E_q[-Hess log p] L = I; fresh points leave Monte Carlo error.
-    found, mean, covariance = fit("bod", pf.GaussianVI(samples=4096))
+    _found, mean, covariance = fit("bod", pf.GaussianVI(samples=4096))
     inverse = read_problem(bod.model, (), {"t": bod.TIMES, "y": bod.DATA})
     root = jnp.linalg.cholesky(jnp.asarray(covariance, jnp.float32))
     noise = jnp.asarray(points.matched_normal(16_384, 2), jnp.float32)

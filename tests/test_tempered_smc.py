@@ -14,7 +14,7 @@ from pushforward.methods.tempered_smc import TemperedSMC
 from pushforward.model.inverse import read_problem
 from pushforward.problems import bod, linear_gaussian
 
-SMALL = TemperedSMC(particles=100, islands=2, mutation_steps=10)
+SMALL = TemperedSMC(particles=100, islands=2, mutation_steps=5)
 
 
 def _read(problem):
@@ -83,7 +83,7 @@ def test_linear_gaussian_20():
 
 def _error_at(particles, keys=24):
     problem = linear_gaussian.linear_gaussian(2)
-    method = TemperedSMC(particles=particles, islands=2, mutation_steps=10)
+    method = TemperedSMC(particles=particles, islands=2, mutation_steps=5)
     runs = _runs(method, _read(problem), keys, draws=10)
     return _summary(runs, "log_evidence") - problem.numbers["log_evidence"]
 
@@ -122,9 +122,7 @@ def test_draws_are_thinned_and_never_inflated():
     for asked, given in ((7, 7), (100, 100), (500, 100)):
         draws = method.run(problem, jax.random.key(0), asked, Runner())
         assert draws.positions.shape == (2, given, 2)
-    expected = jax.jit(jax.vmap(jax.vmap(problem.log_density)))(draws.positions)
-    np.testing.assert_allclose(draws.stats["lp"], expected, rtol=1e-4)
-    assert float(draws.evaluations) == 200 * float(draws.summary["stages"])
+    assert float(draws.evaluations) == 200 * 8 * float(draws.summary["stages"])
     assert float(draws.gradient_evaluations) == 0
 
 
@@ -186,7 +184,6 @@ def test_float64():
     with jax.enable_x64(True):
         draws = SMALL.run(_read(bod.PROBLEM), jax.random.key(0), 5, Runner())
         assert draws.positions.dtype == jnp.float64
-        assert draws.stats["lp"].dtype == jnp.float64
         assert int(draws.outcome) == Outcome.SUCCESS
 
 
@@ -194,7 +191,7 @@ def test_warning_where_islands_disagree(bod_runs):
     assert TemperedSMC().warnings(bod_runs[0]) == []
     far = bod_runs[0].summary | {"log_evidence_se": 0.8}
     draws = type(bod_runs[0])(**{**vars(bod_runs[0]), "summary": far})
-    assert "Increase mutation_steps (now 20)" in TemperedSMC().warnings(draws)[0]
+    assert "Increase mutation_steps (now 10)" in TemperedSMC().warnings(draws)[0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +200,7 @@ def test_warning_where_islands_disagree(bod_runs):
         ({"islands": 1}, r"islands=...\) takes an integer of at least 2; got 1"),
         ({"target_ess": 1.0}, r"target_ess=...\) takes a number between 0 and 1; got 1.0"),
         ({"max_stages": 0}, r"max_stages=...\) takes an integer"),
-        ({"particles": 1010}, r"takes a multiple of mutation_steps=20, at least twice as much; got 1010"),
+        ({"particles": 1}, r"particles=...\) takes an integer of at least 2; got 1"),
     ],
 )
 def test_options_are_checked(options, match):

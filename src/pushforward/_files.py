@@ -28,7 +28,8 @@ def _write(path: Path, header: dict[str, Any], arrays: list[np.ndarray]) -> None
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{_HEADER: text}, **{f"array_{i}": a for i, a in enumerate(arrays)})
+            named: dict[str, Any] = {_HEADER: text} | {f"array_{i}": a for i, a in enumerate(arrays)}
+            np.savez(file, **named)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ coordinates the joint distances use 256 evenly spaced ones, with a warning.
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -290,8 +290,10 @@ def _corner(values, exact, labels, probabilities, panel_inches, heading) -> "mat
     low, high = np.where(high > low, [low, high], [exact.min(0), exact.max(0)])
     limits = np.stack([low, high], axis=1) + 0.2 * (high - low)[:, None] * np.array([-1, 1])
     side = panel_inches * max(count, 2)
-    figure, panels = plt.subplots(count, count, figsize=(side, side), squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.03, hspace=0.03)
+    figure, grid = plt.subplots(count, count, figsize=(side, side), squeeze=False, layout="constrained")
+    panels: Any = grid  # an array of Axes
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.02, h_pad=0.02, wspace=0.03, hspace=0.03)
     colors = {name: f"C{i}" for i, name in enumerate(values)}
     for row, column in np.ndindex(count, count):
         panel = panels[row, column]

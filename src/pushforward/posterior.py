@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pushforward._errors import ArgumentError, DataError
-from pushforward._types import Array, SiteValues
+from pushforward._types import Array
 from pushforward.model._reading import Site
 
 _SAMPLE = ("chain", "draw")
@@ -66,8 +66,8 @@ class Labels:
         read = read if len(read) == len(shape) else (None,) * len(shape)
         names = []
         for axis, (dim, size) in enumerate(zip(read, shape, strict=True)):
-            fits = dim is not None and dim not in self.sites and dim not in _SAMPLE and dim not in names
-            fits = fits and self._sizes.setdefault(dim, size) == size
+            free = dim is not None and dim not in self.sites and dim not in _SAMPLE and dim not in names
+            fits = dim is not None and free and self._sizes.setdefault(dim, size) == size
             names.append(dim if fits else f"{variable}_dim_{axis}")
         return names
 
@@ -80,7 +80,7 @@ def _mapping(name: str, value: Any) -> dict:
     return dict(value)
 
 
-def group(variables: SiteValues, labels: Labels, *, sampled: bool = True) -> Any:
+def group(variables: Mapping[str, Any], labels: Labels, *, sampled: bool = True) -> Any:
     """One group: an `xarray.Dataset` of variables with dims (chain, draw, ...), or without where not sampled."""
     import xarray as xr
 

@@ -83,7 +83,7 @@ def train(
         return (optax.apply_updates(layers, updates), state), None
 
     (layers, _), _ = jax.lax.scan(step, (layers, optimiser.init(layers)), jax.random.split(key_batches, steps))
-    return layers
+    return layers  # type: ignore[reportReturnType]  # optax's alias Params
 
 
 def held_out_accuracies(

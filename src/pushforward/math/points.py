@@ -44,7 +44,7 @@ def sobol(n: int, d: int) -> np.ndarray:
 
     if d > qmc.Sobol.MAXDIM:
         return np.random.default_rng(0).random((n, d))
-    return qmc.Sobol(d, seed=0).random_base2(int(np.ceil(np.log2(n))))[:n]
+    return qmc.Sobol(d, rng=0).random_base2(int(np.ceil(np.log2(n))))[:n]
 
 
 def _normal(uniform: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def half_line_nodes(bits: int) -> tuple[np.ndarray, np.ndarray]:
 def broadcast_float(*arrays: ArrayLike) -> list[Array]:
     """Brings arrays to one shape and one floating dtype."""
     dtype = jnp.result_type(float, *arrays) if not any(_is_float(a) for a in arrays) else jnp.result_type(*arrays)
-    return jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in arrays))
+    return list(jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in arrays)))
 
 
 def _is_float(array: ArrayLike) -> bool:

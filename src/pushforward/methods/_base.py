@@ -34,10 +34,10 @@ class Draws(eqx.Module):
             `infer` adds Pareto k-hat to `summary`; None for methods without a proposal.
     """
 
-    positions: Array | dict[str, Array]
-    stats: dict[str, Array]
-    summary: dict[str, Array]
-    outcome: Array
+    positions: Any
+    stats: dict[str, Any]
+    summary: dict[str, Any]
+    outcome: Array | np.ndarray
     evaluations: Array
     gradient_evaluations: Array
     log_weights: Array | None = None

@@ -203,7 +203,7 @@ def _fit_low_rank(
     def negative_elbo(q: Any, _: None) -> Array:
         return -(noise.weights @ batch(jax.vmap(q.sample)(noise.matched)) + offset + q.entropy())
 
-    start = method.covariance.start(problem.dimension, 1.0)
+    start: Any = method.covariance.start(problem.dimension, 1.0)
     tilt = 0.1 * jax.random.normal(key, start.factor.shape)
     start = eqx.tree_at(lambda q: q.factor, start, tilt)
     solver = optx.LBFGS(rtol=method.tolerance, atol=method.tolerance)

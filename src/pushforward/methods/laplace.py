@@ -1,5 +1,7 @@
 """`Laplace`: the Gaussian at the posterior mode."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optimistix as optx
@@ -105,11 +107,11 @@ def _whiten(mean: Array, noise: Array, data: Array) -> Array:
     return jnp.ravel(solve_triangular(root, present[..., None], lower=True)[..., 0])
 
 
-def _polish(problem: InverseProblem, z: Array, curvature: object) -> tuple[Array, Array, Array, Array]:
+def _polish(problem: InverseProblem, z: Array, curvature: Callable) -> tuple[Array, Array, Array, Array]:
     """Newton steps with the curvature that is returned, so that mode and curvature belong together."""
 
     def step(_: int, state: tuple) -> tuple:
-        z, best, *_ = state
+        z = state[0]
         value, gradient = jax.value_and_grad(problem.log_density)(z)
         root = jnp.linalg.cholesky(curvature(problem, z))
         move = cho_solve((root, True), gradient)

@@ -50,8 +50,8 @@ class Pathfinder(Method):
         a mode twice where two paths find it.
 
     Example:
-        >>> from pushforward.methods.pathfinder import Pathfinder
-        >>> Pathfinder(paths=4).memory
+        >>> import pushforward as pf
+        >>> pf.Pathfinder(paths=4).memory
         30
     """
 

@@ -44,8 +44,8 @@ class PreconditionedCrankNicolson(Method):
         Thoms (2008), A tutorial on adaptive MCMC, algorithm 4, doi:10.1007/s11222-008-9110-y.
 
     Example:
-        >>> from pushforward.methods.pcn import PreconditionedCrankNicolson
-        >>> PreconditionedCrankNicolson(thinning=50).thinning
+        >>> import pushforward as pf
+        >>> pf.PreconditionedCrankNicolson(thinning=50).thinning
         50
     """
 

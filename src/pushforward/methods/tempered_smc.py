@@ -12,10 +12,10 @@ from jax.scipy.special import logsumexp
 from jax.sharding import Mesh
 
 from pushforward import parallel
-from pushforward._errors import MethodError, Outcome
+from pushforward._errors import Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.methods._base import Draws, Method, check_integer, count
+from pushforward.methods._base import Draws, Method, check_fraction, check_integer, count
 from pushforward.model.inverse import InverseProblem
 
 _DEAD = -1e30
@@ -28,10 +28,9 @@ class TemperedSMC(Method):
     """Sequential Monte Carlo along ``p(z) p(y | z)^lambda``, lambda from 0 to 1; estimates the evidence.
 
     Each stage raises lambda so far that the weights ``p(y | z)^delta`` keep a conditional effective sample size of
-    ``target_ess`` times the particles, multiplies the evidence by their mean, resamples ``particles /
-    mutation_steps`` ancestors systematically and moves each for ``mutation_steps`` steps. All states on the
-    way are the next particles (waste-free SMC). Tempering, resampling and the Metropolis-Hastings kernel are
-    BlackJAX's.
+    ``target_ess`` times the particles, multiplies the evidence by their mean, resamples the particles
+    systematically and moves each by ``mutation_steps`` steps. Tempering, resampling and the Metropolis-Hastings
+    kernel are BlackJAX's.
 
     The moves suit few and many dimensions. With mean ``m`` and covariance ``C`` of the other islands' particles,
     a step is a random walk ``z' = z + s (2.38^2 C / d)^1/2 xi``, which follows bent posteriors and their tails, or
@@ -42,48 +41,40 @@ class TemperedSMC(Method):
     come from the others. They are the chains of the result, so that R-hat tells whether they agree, and the
     evidence is the mean of theirs, with a standard error from their spread.
     The mean of products of mean weights is unbiased for a schedule fixed in advance (Del Moral 2004, theorem
-    7.4.2; Dau and Chopin 2022, proposition 1); adaptation adds a bias of order 1 / particles.
+    7.4.2); adaptation adds a bias of order 1 / particles.
 
     Use it for the evidence, for multimodal posteriors, and for models without a gradient. Where NUTS works and
     only draws are wanted, NUTS needs fewer runs of the model in many dimensions.
 
     Args:
-        particles: particles of each island, a multiple of `mutation_steps`. An island gives at most that
-            many draws; fewer are evenly spaced ones.
+        particles: particles of each island, which gives at most that many draws; fewer are evenly spaced ones.
         islands: number of islands; they are what `mesh=` splits.
         target_ess: fraction of the particles that the weights of a stage are to be worth.
-        mutation_steps: states of each ancestor, its first one included.
+        mutation_steps: steps of each particle in each stage.
         max_stages: stages at most; the run ends when lambda is 1.
 
     Reference:
         Del Moral, Doucet, Jasra (2006), Sequential Monte Carlo samplers, doi:10.1111/j.1467-9868.2006.00553.x;
-        Jasra, Stephens, Doucet, Tsagaris (2011), doi:10.1111/j.1467-9469.2010.00723.x (choice of delta);
-        Dau, Chopin (2022), Waste-free sequential Monte Carlo, algorithm 2, doi:10.1111/rssb.12475.
+        Jasra, Stephens, Doucet, Tsagaris (2011), doi:10.1111/j.1467-9469.2010.00723.x (choice of delta).
 
     Example:
-        >>> from pushforward.methods.tempered_smc import TemperedSMC
-        >>> TemperedSMC(particles=4000).islands
+        >>> import pushforward as pf
+        >>> pf.TemperedSMC(particles=4000).islands
         8
     """
 
     particles: int = 2000
     islands: int = 8
     target_ess: float = 0.5
-    mutation_steps: int = 20
+    mutation_steps: int = 10
     max_stages: int = 100
 
     shards = "islands"
 
     def __check_init__(self):
-        check_integer("TemperedSMC", 2, islands=self.islands, mutation_steps=self.mutation_steps)
-        check_integer("TemperedSMC", 2, particles=self.particles, max_stages=self.max_stages)
-        if isinstance(self.target_ess, bool) or not 0 < self.target_ess < 1:
-            raise MethodError(f"TemperedSMC(target_ess=...) takes a number between 0 and 1; got {self.target_ess!r}.")
-        if self.particles % self.mutation_steps or self.particles < 2 * self.mutation_steps:
-            raise MethodError(
-                f"TemperedSMC(particles=...) takes a multiple of mutation_steps={self.mutation_steps}, at least twice "
-                f"as much; got {self.particles!r}."
-            )
+        check_integer("TemperedSMC", 1, mutation_steps=self.mutation_steps)
+        check_integer("TemperedSMC", 2, islands=self.islands, particles=self.particles, max_stages=self.max_stages)
+        check_fraction("TemperedSMC", target_ess=self.target_ess)
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
@@ -153,7 +144,7 @@ def _stage(s: _Islands, method: TemperedSMC, problem: InverseProblem, keys: Key,
         # A leading axis of length 1 is BlackJAX's sign for parameters that all particles share.
         shared = {"mean": mean[None], "root": root[None]}
         state = tempered.TemperedSMCState(z, weights, s.temperature)
-        after, info = kernel(jax.random.fold_in(key, s.stages), state, None, s.temperature, shared)
+        after, info = kernel(jax.random.fold_in(key, s.stages), state, method.mutation_steps, s.temperature, shared)
         return after.particles, jax.vmap(likelihood)(after.particles), jnp.mean(info.update_info.acceptance_rate)
 
     mean, root = _moments(s.z, s.weights)
@@ -189,19 +180,16 @@ def _log_likelihood(problem: InverseProblem) -> Callable[[Array], Array]:
 
 
 def _kernel(method: TemperedSMC, problem: InverseProblem) -> Callable:
-    """BlackJAX's tempered kernel: systematic resampling, then waste-free Metropolis-Hastings moves.
+    """BlackJAX's tempered kernel: systematic resampling, then Metropolis-Hastings moves.
 
     It is called with its present lambda, so that it moves without reweighting: BlackJAX asks for the next lambda
     before it has moved the particles from whose likelihoods the next lambda is best chosen.
     """
     from blackjax.mcmc import random_walk
-    from blackjax.smc import tempered, waste_free
+    from blackjax.smc import tempered
     from blackjax.smc.resampling import systematic
 
-    strategy = waste_free.waste_free_smc(method.particles, method.mutation_steps)
-    return tempered.build_kernel(
-        problem.log_prior, _log_likelihood(problem), _move, random_walk.init, systematic, strategy
-    )
+    return tempered.build_kernel(problem.log_prior, _log_likelihood(problem), _move, random_walk.init, systematic)
 
 
 def _move(key: Key, state: Any, log_density: Callable, mean: Array, root: Array) -> tuple[Any, Any]:
@@ -272,9 +260,8 @@ def _package(method: TemperedSMC, last: _Islands, draws: int) -> Draws:
     chosen = ((np.arange(draws) + 0.5) * method.particles / draws).astype(int)
     outcome = Outcome.SUCCESS if last.finished else Outcome.MAXIMUM_STEPS
     outcome = outcome if last.alive else Outcome.NONFINITE_START
-    # Per stage: the starts and steps of all ancestors, and the likelihoods of all particles, which BlackJAX's
-    # reweighting at an unchanged lambda computes once more.
-    runs = count(3 * method.particles * method.islands * int(last.stages))
+    # Per stage: start and steps of each particle, its weight, and BlackJAX's weight at the unchanged lambda.
+    runs = count((method.mutation_steps + 3) * method.particles * method.islands * int(last.stages))
     return Draws(np.asarray(last.z)[:, chosen], {}, _summary(last), np.asarray(int(outcome)), runs, count(0))
 
 

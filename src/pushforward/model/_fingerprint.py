@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 _LIBRARIES = ("site-packages", "dist-packages")
@@ -61,7 +62,7 @@ def _fingerprint(value: Any, seen: dict[int, int]) -> Hashable:
     if id(value) in seen:
         return ("seen", seen[id(value)])
     seen[id(value)] = len(seen)
-    handler = next((h for kinds, h in _HANDLERS if isinstance(value, kinds)), _object)
+    handler: Any = next((h for kinds, h in _HANDLERS if isinstance(value, kinds)), _object)
     return handler(value, seen)
 
 

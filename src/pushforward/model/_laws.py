@@ -1,6 +1,7 @@
 """Looking into a distribution: its innermost family, the domain of its parameters, and whether data fit its shape."""
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist

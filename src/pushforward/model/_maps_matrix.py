@@ -16,7 +16,7 @@ from pushforward.model._maps import PriorMap, register
 
 
 def _solve(tril: Array, matrix: Array) -> Array:
-    return solve_triangular(*_same_batch(tril, matrix), lower=True)
+    return solve_triangular(*_same_batch(tril, matrix), lower=True)  # type: ignore[reportArgumentType]
 
 
 def _same_batch(*matrices: Array) -> list[Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -15,7 +17,7 @@ from pushforward.model._maps import PriorMap, bijection, inside_support, prior_m
 FAR = 40.0
 
 
-def _bounds(d: dist.Distribution) -> tuple[PriorMap, Array | None, Array | None]:
+def _bounds(d: dist.Distribution) -> tuple[PriorMap, Any, Any]:
     """Finds the base map and the normal scores of the bounds; no mass lies beyond a score of 40."""
     base = prior_map(d.base_dist)
     scores = []

@@ -24,11 +24,12 @@ def _independent(d: dist.Independent) -> PriorMap:
     base = prior_map(d.base_dist)
     moved = d.reinterpreted_batch_ndims
     event = tuple(d.event_shape[:moved]) + base.noise_event
-    if base.weight is None:
+    inner = base.weight
+    if inner is None:
         return PriorMap(base.words, event, base.push, base.pull)
 
     def weight(z: Array, value: Array) -> Array:
-        return jnp.sum(base.weight(z, value), axis=tuple(range(-moved, 0)))
+        return jnp.sum(inner(z, value), axis=tuple(range(-moved, 0)))
 
     return PriorMap(base.words, event, base.push, base.pull, weight)
 
@@ -64,13 +65,15 @@ def _transformed(d: dist.TransformedDistribution) -> PriorMap:
             value = _invert(transform, value)
         return value
 
-    weight = None
-    if base.weight is not None:
+    weight, prior = None, base.weight
+    if prior is not None:
 
-        def weight(z: Array, value: Array) -> Array:
+        def corrected(z: Array, value: Array) -> Array:
             del value
-            inner = base.weight(z * sign, base.push(z * sign))
+            inner = prior(z * sign, base.push(z * sign))
             return jnp.sum(inner, axis=tuple(range(len(d.batch_shape), jnp.ndim(inner))))
+
+        weight = corrected
 
     return PriorMap(f"{base.words}, transformed", event, push, lambda value: base.pull(undo(value)) * sign, weight)
 

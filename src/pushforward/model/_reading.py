@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend
 import jax.numpy as jnp
 import numpyro
@@ -148,8 +149,9 @@ def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
     structure.fixed = frozenset(s.name for s in first if s.role == "fixed")
     inputs = {id(v): i for i, v in enumerate(jaxpr.jaxpr.invars)}
     direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars[: len(names)]]
-    if all(index is not None for index in direct):
-        structure.passed_through = dict(zip(names, direct, strict=True))
+    known = [index for index in direct if index is not None]
+    if len(known) == len(direct):
+        structure.passed_through = dict(zip(names, known, strict=True))
 
 
 def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tuple[list[Site], Any, list[str]]:

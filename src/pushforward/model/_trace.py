@@ -113,7 +113,7 @@ def evaluate(
             correction += jnp.sum(density)
         else:
             parts["data"][name], parts["likelihood"][name] = site["value"], density
-    return Evaluation(*parts.values(), correction)
+    return Evaluation(*parts.values(), correction)  # type: ignore[reportCallIssue]
 
 
 def run(call: Call, assign: Assign, *, fill_missing: bool = True) -> "OrderedDict[str, dict]":
@@ -224,8 +224,9 @@ def from_noise(slots: Mapping[str, Slot], z: Array | Mapping[str, Array]) -> Ass
         slot = slots.get(site["name"])
         if slot is None or site["type"] != "sample":
             return None
-        whole = isinstance(z, Mapping)
-        flat = z[slot.name] if whole else jax.lax.slice_in_dim(z, slot.offset, slot.offset + slot.size)
+        flat: Any = (
+            z[slot.name] if isinstance(z, Mapping) else jax.lax.slice_in_dim(z, slot.offset, slot.offset + slot.size)
+        )
         noise = _at_step(site, flat.reshape(slot.shape), slot.steps is not None)
         law = site_law(site)
         value = coordinates.push(law, noise)
@@ -332,7 +333,7 @@ def refuse(msg: dict) -> None:
         _check_array(name, value)
 
 
-def _check_array(name: str, value: Any) -> None:
+def _check_array(name: Any, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float):
         dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
         if any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):

@@ -138,7 +138,7 @@ class InverseProblem(eqx.Module):
             return {name: self.arrays[index] for name, index in direct.items()}
         return _observed(self)
 
-    def forward(self, z: Noise) -> "GaussianPrediction":
+    def forward(self, z: Noise | SiteValues) -> "GaussianPrediction":
         """Prediction and noise of the observed sites at ``z``, where the likelihood is Gaussian."""
         trace = self._with_laws(z)
         laws = {n: (s["fn"], s["value"]) for n, s in trace.items() if n in self.structure.data and "fn" in s}
@@ -167,7 +167,7 @@ class InverseProblem(eqx.Module):
         found = {n: _gaussian_reason(s) for n, s in trace.items() if n in data or s.get("is_observed")}
         return {n: r for n, r in found.items() if not n.startswith(_trace._CORRECTION)}
 
-    def _with_laws(self, z: Noise) -> dict[str, dict]:
+    def _with_laws(self, z: Noise | SiteValues) -> dict[str, dict]:
         """Trace at ``z`` with data as given, missing values included, and 0 where none are given."""
         assign = _trace.with_data(_trace.from_noise(self.structure.slots, z), self.structure.data)
         return _trace.run(self._call, assign, fill_missing=False)
