@@ -47,6 +47,11 @@ def sobol(n: int, d: int) -> np.ndarray:
     return qmc.Sobol(d, rng=0).random_base2(int(np.ceil(np.log2(n))))[:n]
 
 
+def prior_points(n: int, d: int) -> Float[np.ndarray, "n d"]:
+    """The origin and n - 1 quasi-random draws of N(0, I), always the same, to look for a start among."""
+    return np.concatenate([np.zeros((1, d)), _normal(sobol(n, d)[1:])])
+
+
 def _normal(uniform: np.ndarray) -> np.ndarray:
     from scipy.special import ndtri as numpy_ndtri
 
