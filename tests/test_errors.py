@@ -162,7 +162,7 @@ METHODS = {
     "samples": (lambda: pf.GaussianVI(samples=1.5), r"GaussianVI\(samples=...\) takes an integer.*got 1.5"),
     "covariance": (lambda: pf.GaussianVI(covariance="banded"), "covariance.*banded"),
     "thinning": (lambda: pf.PreconditionedCrankNicolson(thinning=0), r"thinning=...\) takes an integer.*got 0"),
-    "particles": (lambda: pf.TemperedSMC(particles=1001), r"takes a multiple of mutation_steps=20.*got 1001"),
+    "particles": (lambda: pf.TemperedSMC(particles=1), r"particles=.*integer of at least 2; got 1"),
     "target_ess": (lambda: pf.TemperedSMC(target_ess=2), r"target_ess=...\) takes a number between 0 and 1; got 2"),
 }
 

@@ -93,14 +93,26 @@ def test_gauss_newton_refuses_other_likelihoods():
         pf.infer(model, method=pf.Laplace(curvature="gauss_newton"), y=np.array([1.0, 2.0]), progress=False)
 
 
-def test_a_saddle_is_reported_not_returned():
+def test_a_ridge_is_reported_not_returned():
     def model():
-        x = numpyro.sample("x", dist.Normal(0, 1))
-        numpyro.factor("well", 2 * x**2 - x**4)
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.factor("ring", 0.5 * x @ x - 10 * (x @ x - 1) ** 2)
 
-    # The start z = 0 is the top of the barrier between two modes, where the gradient is exactly 0.
+    # The density is constant along the circle |x| = 1, so its curvature there is singular.
     with pytest.raises(InferenceError, match="not positive definite"):
         pf.infer(model, method="laplace", progress=False)
+
+
+@pytest.mark.parametrize("method", ["laplace", "gaussian_vi"])
+def test_scouts_find_the_major_mode(method):
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        near, far = -20 - 0.5 * ((x - 0.5) / 0.3) ** 2, -0.5 * ((x + 2.5) / 0.3) ** 2
+        numpyro.factor("bumps", jnp.logaddexp(near, far))
+
+    # From the prior's centre a local climb ends at x = 0.46, whose mass is e^-17 of that at -2.5 / 1.09.
+    tree = pf.infer(model, method=method, progress=False)
+    assert abs(float(tree["posterior"]["x"].mean()) + 2.5 / 1.09) < 4 * 0.3 / np.sqrt(1000)
 
 
 def test_many_dimensions_use_limited_memory():

@@ -71,7 +71,7 @@ class GaussianVI(Method):
             found = runner.call(_fit, self, problem, noise, runner.mesh)
         q, summary, log_weights = jax.device_get(found)
         outcome = _outcome(self, summary, log_weights)
-        runs = count((summary["steps"] + log_weights.shape[0]) * log_weights.shape[1])
+        runs = count((_scouting.STEPS + summary["steps"] + log_weights.shape[0]) * log_weights.shape[1])
         summary = {k: summary[k] for k in ("elbo_fitted", "steps")} | evidence_summary(log_weights)
         return Draws(q[None], {}, summary, np.asarray(int(outcome)), runs, runs, log_weights)
 
@@ -116,7 +116,7 @@ class _State(eqx.Module):
 
 def _fit(method: GaussianVI, problem: InverseProblem, noise: points.FitNoise, mesh: Mesh | None) -> _Fitted:
     last = _climb(method, method.covariance, problem, noise, mesh)
-    summary = {"elbo_fitted": last.elbo, "steps": last.steps, "gain": last.gain}
+    summary = {"elbo_fitted": last.elbo, "steps": last.steps - _scouting.STEPS, "gain": last.gain}
     return jax.vmap(last.family.sample)(noise.drawn), summary, last.log_weights
 
 

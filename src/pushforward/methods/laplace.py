@@ -140,7 +140,10 @@ def _polish(problem: InverseProblem, z: Array, curvature: Callable) -> tuple[Arr
 
 
 def _outcome(found: optx.Solution, value: Array, root: Array, decrement: Array) -> Array:
-    finite, definite = jnp.isfinite(value), jnp.all(jnp.isfinite(root))
+    pivots = jnp.diagonal(root)
+    smallest = 2 * jnp.sqrt(jnp.finfo(root.dtype).eps) * jnp.max(pivots)
+    # Not (pivots < smallest): a comparison with NaN is false.
+    finite, definite = jnp.isfinite(value), jnp.all(pivots > smallest)
     near = decrement < 0.01 * jnp.sqrt(root.shape[0])
     late = jnp.where(near, int(Outcome.SUCCESS), int(Outcome.MAXIMUM_STEPS))
     bad = jnp.where(finite, int(Outcome.NOT_POSITIVE_DEFINITE), int(Outcome.NONFINITE_START))
