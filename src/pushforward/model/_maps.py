@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
-from numpyro.distributions import Distribution, biject_to, constraints
+from numpyro.distributions import Distribution, biject_to, constraints, discrete
 
 from pushforward.math.special import inside
 
@@ -40,8 +40,8 @@ _BUILDERS: dict[type[Distribution], Builder] = {}
 _REFUSED = {
     dist.ImproperUniform: "is not a probability distribution, so no noise can be pushed to it",
     dist.Unit: "is a factor of the density, not a random variable",
-    dist.discrete.HurdleProbs: "mixes a point mass with another law, so its values have no density",
-    dist.discrete.ZeroInflatedProbs: "mixes a point mass with another law, so its values have no density",
+    discrete.HurdleProbs: "mixes a point mass with another law, so its values have no density",
+    discrete.ZeroInflatedProbs: "mixes a point mass with another law, so its values have no density",
     dist.LeftCensoredDistribution: "describes censored data, not a latent variable",
     dist.RightCensoredDistribution: "describes censored data, not a latent variable",
     dist.IntervalCensoredDistribution: "describes censored data, not a latent variable",
