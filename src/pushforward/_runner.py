@@ -120,6 +120,6 @@ class _Silent:
 def _bar(progress: bool, label: str, start: int, total: int) -> Any:
     if not progress:
         return _Silent()
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(initial=start, total=total, desc=label, leave=True, mininterval=0.3)
