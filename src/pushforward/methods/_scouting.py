@@ -50,4 +50,5 @@ class Scouts(eqx.Module):
         downhill = jnp.where(finite[:, None], -gradients, 0.0)
         moves, moments = _optimiser().update(downhill, self.moments)
         best = jnp.where(higher, self.z[top], self.best)
-        return Scouts(self.z + moves, moments, best, jnp.where(higher, values[top], self.best_value))
+        z = jnp.asarray(optax.apply_updates(self.z, moves))
+        return Scouts(z, moments, best, jnp.where(higher, values[top], self.best_value))
