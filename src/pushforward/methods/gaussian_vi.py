@@ -227,7 +227,9 @@ def _fit_low_rank(
     offset = jnp.sum(jnp.log(scaled.root))
 
     def negative_elbo(q: Any, _: None) -> Array:
-        return -(noise.weights @ batch(jax.vmap(q.sample)(noise.matched)) + offset + q.entropy())
+        value = -(noise.weights @ batch(jax.vmap(q.sample)(noise.matched)) + offset + q.entropy())
+        # The line search steps back from infinity, and lets NaN pass.
+        return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
     start: Any = method.covariance.start(problem.dimension, 1.0)
     tilt = 0.1 * jax.random.normal(key, start.factor.shape)
