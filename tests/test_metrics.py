@@ -155,6 +155,7 @@ def moons(key, count, width):
     return np.stack([side * (radius * np.cos(angle) + 0.25), radius * np.sin(angle)], axis=1)
 
 
+@pytest.mark.slow
 def test_c2st_agrees_with_scikit_learn():
     """Thin moons against thick ones: a hard case, with equal means and covariances."""
     pytest.importorskip("sklearn")

@@ -68,6 +68,7 @@ def test_bod_moments(bod_runs):
     assert np.abs(x.mean((0, 1)) - bod.MEAN_U).max() < 0.03
 
 
+@pytest.mark.slow
 def test_linear_gaussian_20():
     problem = linear_gaussian.linear_gaussian(20)
     read = _read(problem)

@@ -115,7 +115,7 @@ def fit_noise(key: Key, n: int, d: int, draws: int) -> FitNoise:
     """
     dtype = jnp.result_type(float)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    replicates = int(np.clip(_FRESH_NUMBERS // (n * d), 4, 64))
+    replicates = int(np.clip(_FRESH_NUMBERS // (n * d), 4, 16))
     shifts = generator.random((replicates, 1, d))
     fresh = _normal(np.mod(sobol(n, d) + shifts, 1.0))
     drawn = generator.standard_normal((draws, d))
