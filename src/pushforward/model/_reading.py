@@ -20,6 +20,7 @@ from pushforward.model._arguments import Arguments, split
 from pushforward.model._fingerprint import array_digest, fingerprint
 from pushforward.model._laws import broadcast_shape, concrete_support, innermost, outside_domain
 from pushforward.model._missing import missing_kind
+from pushforward.model._refusals import check_latent
 
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -68,6 +69,7 @@ class Structure:
     data: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
     passed_through: dict[str, int] | None = None
+    remembered: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def dimension(self) -> int:
@@ -248,7 +250,7 @@ def _is_factor(site: dict) -> bool:
 def _record(site: dict, bodies: dict[str, dict[str, Any]]) -> Array:
     """Note a latent site as seen where it is sampled (inside the body of a scan: one step of it)."""
     name = site["name"]
-    _trace.check_latent(site)
+    check_latent(site)
     law = _trace.site_law(site)
     try:
         noise_shape = tuple(coordinates.noise_shape(law))
@@ -299,7 +301,7 @@ def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -
         return Site(name, "data", kind, shape, dims, "", True, support, law.event_dim, missing_kind(law), full)
     dims = _dims(site, shape, in_scan)
     if body is not None and in_scan and isinstance(law, dist.MaskedDistribution):
-        _trace.check_latent(site)
+        check_latent(site)
     if body is None:
         return Site(name, "fixed", kind, shape, dims)
     return Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], None, law.event_dim)

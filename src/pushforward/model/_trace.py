@@ -1,4 +1,4 @@
-"""The only file that touches NumPyro's messengers, messages and `scan`.
+"""The file that touches NumPyro's messengers and messages (with `_scan_trace.py`, for the message of a `scan`).
 
 A model is run with an *assignment*: a function that gives each latent site its value, from noise
 `z`, from NumPyro's unconstrained coordinates or from values themselves. Assignments ride on
@@ -17,17 +17,17 @@ from zlib import crc32
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import potential_energy
 
-from pushforward._errors import DataError, ModelError
+from pushforward._errors import ModelError
 from pushforward._types import Array
 from pushforward.model import coordinates
 from pushforward.model._missing import without_missing
+from pushforward.model._refusals import refuse
 
 Call = Callable[[], Any]
 Assign = Callable[[dict], Array | None]
@@ -146,8 +146,11 @@ class _Prepared(numpyro.primitives.Messenger):
 
     def process_message(self, msg: dict) -> None:
         refuse(msg)
-        if msg["type"] == "control_flow" and len(msg["args"]) == 5:
+        if msg["type"] == "control_flow" and is_scan(msg):
             msg["args"] = _with_body(*msg["args"])
+            steps = steps_of(*msg["args"][2:4])
+            stack = msg["kwargs"]["substitute_stack"]
+            msg["kwargs"]["substitute_stack"] = [(kind, _padded(given, kind, steps)) for kind, given in stack]
         if msg["type"] != "sample":
             return
         fn, value = msg["fn"], msg["value"]
@@ -155,8 +158,7 @@ class _Prepared(numpyro.primitives.Messenger):
             if _is_jacobian(msg["name"]):
                 msg["scale"] = None
         elif not msg["is_observed"]:
-            if msg["name"].endswith("_unobserved") and isinstance(fn, dist.MaskedDistribution):
-                msg["fn"] = fn.base_dist
+            msg["fn"] = _whole_prior(msg["name"], fn)
         elif self.fill_missing and _is_float(value):
             msg["fn"], msg["value"] = without_missing(fn, jnp.asarray(value))
 
@@ -175,13 +177,45 @@ class _Body(numpyro.primitives.Messenger):
                 "the model has a numpyro scan or cond inside the body of a scan, which NumPyro does not support. Use "
                 "jax.lax.scan or jax.lax.cond for an inner loop without sites, or flatten the two loops into one."
             )
-        if msg["type"] == "sample" and self.last is not None:
+        if msg["type"] != "sample":
+            return
+        if self.last is not None:
             msg["infer"] = msg["infer"] | {_LAST_STEP: self.last}
+        if not msg["is_observed"]:
+            msg["fn"] = _whole_prior(msg["name"], msg["fn"])
+
+
+def _whole_prior(name: str, law: dist.Distribution) -> dist.Distribution:
+    masked = name.endswith("_unobserved") and isinstance(law, dist.MaskedDistribution)
+    return law.base_dist if masked else law
 
 
 def _with_body(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool) -> tuple:
-    steps = jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
-    return _Body(f, steps - 1 if reverse else None), init, xs, length, reverse
+    return _Body(f, steps_of(xs, length) - 1 if reverse else None), init, xs, length, reverse
+
+
+def is_scan(msg: dict) -> bool:
+    """Whether a `control_flow` message is that of a scan (a cond has the same type)."""
+    return len(msg["args"]) == 5
+
+
+def steps_of(xs: Any, length: int | None) -> int:
+    return jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
+
+
+def _padded(given: Any, kind: str, steps: int) -> Any:
+    """Data of `handlers.condition` that end before the scan does, with NaN (missing) after their end."""
+    if kind != "condition" or not isinstance(given, Mapping):
+        return given
+
+    def pad(value: Any) -> Any:
+        lacking = steps - jnp.shape(value)[0] if jnp.ndim(value) else 0
+        if lacking <= 0:
+            return value
+        value = jnp.asarray(value, jnp.result_type(value, float))
+        return jnp.concatenate([value, jnp.full((lacking, *value.shape[1:]), jnp.nan, value.dtype)])
+
+    return {name: pad(value) for name, value in given.items()}
 
 
 def _is_jacobian(name: str) -> bool:
@@ -306,62 +340,3 @@ def _sample_like(site: dict, key: Array) -> Array:
 def potential(call: Call, position: Mapping[str, Array]) -> Array:
     """NumPyro's own potential energy in its unconstrained coordinates, missing data dropped."""
     return potential_energy(_Prepared(call), (), {}, position)
-
-
-def refuse(msg: dict) -> None:
-    """Raise where a message cannot be read, before NumPyro handles it."""
-    kind, value = msg["type"], msg.get("value")
-    name = msg.get("name")
-    if kind == "param" and value is None:
-        raise ModelError(
-            f"site '{name}' is a numpyro.param, which has no prior. Give it one with "
-            f"numpyro.sample('{name}', ...), or fix it with "
-            f"numpyro.handlers.substitute(model, {{'{name}': value}})."
-        )
-    if kind == "plate" and value is None:
-        size, part = msg["args"]
-        raise ModelError(
-            f"plate '{name}' subsamples {part} of {size} rows; inference uses all data. "
-            "Drop subsample_size (batch_size= of a method bounds memory)."
-        )
-    if kind in ("mutable", "prng_key"):
-        raise ModelError(
-            f"the model calls numpyro.{kind}{'' if name is None else f' ({name!r})'}, so it changes from run to run. "
-            "Draw random numbers with numpyro.sample, or make them an argument of the model."
-        )
-    if kind == "sample" and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit):
-        _check_array(name, value)
-
-
-def _check_array(name: Any, value: Any) -> None:
-    if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float):
-        dtype = jnp.result_type(value) if isinstance(value, jax.Array) else np.asarray(value).dtype
-        if any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-            return
-        given = f"an array of {dtype}"
-    else:
-        given = f"a {type(value).__name__}"
-    raise DataError(
-        f"data '{name}' are {given}, where an array of real numbers is needed. Convert them with "
-        "numpy.asarray(..., dtype=float) before they reach obs=."
-    )
-
-
-def check_latent(site: dict) -> None:
-    """Raise `ModelError` where a latent site has no continuous, proper law."""
-    name, law = site["name"], site["fn"]
-    if "_scan_current_index" in site["infer"] and site["kwargs"].get("sample_shape"):
-        raise ModelError(
-            f"latent site '{name}' stands in a scan and has a sample_shape, which NumPyro cannot give a density there. "
-            f"Write numpyro.sample('{name}', distribution.expand({list(site['kwargs']['sample_shape'])}))."
-        )
-    if law.is_discrete:
-        raise ModelError(
-            f"latent site '{name}' ({type(law).__name__}) is discrete. Sum it out by hand "
-            "(numpyro.distributions.MixtureSameFamily), or observe it."
-        )
-    if isinstance(law, dist.MaskedDistribution) and law._mask is not True:
-        raise ModelError(
-            f"latent site '{name}' stands under numpyro.handlers.mask, which drops its prior where the "
-            "mask is False and so leaves it improper. Put the mask around the observed sites only."
-        )

@@ -18,6 +18,7 @@ from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
 from pushforward.model import _flow, _trace
 from pushforward.model._arguments import check_model
 from pushforward.model._laws import innermost, outside_domain
+from pushforward.model._observed import gaussian_reason, mean_and_noise
 from pushforward.model._reading import Site, Structure, read
 
 
@@ -142,9 +143,10 @@ class InverseProblem(eqx.Module):
         """Prediction and noise of the observed sites at ``z``, where the likelihood is Gaussian."""
         trace = self._with_laws(z)
         laws = {n: (s["fn"], s["value"]) for n, s in trace.items() if n in self.structure.data and "fn" in s}
+        parts = {n: mean_and_noise(law, jnp.shape(v)) for n, (law, v) in laws.items()}
         return GaussianPrediction(
-            {n: jnp.broadcast_to(_mean(law), jnp.shape(v)) for n, (law, v) in laws.items()},
-            {n: _noise(law, jnp.shape(v)) for n, (law, v) in laws.items()},
+            {n: mean for n, (mean, _) in parts.items()},
+            {n: noise for n, (_, noise) in parts.items()},
             {n: v for n, (_, v) in laws.items()},
         )
 
@@ -164,7 +166,7 @@ class InverseProblem(eqx.Module):
     def _observed_laws(self) -> dict[str, str | None]:
         trace = self._with_laws(jnp.zeros(self.dimension))
         data = self.structure.data
-        found = {n: _gaussian_reason(s) for n, s in trace.items() if n in data or s.get("is_observed")}
+        found = {n: gaussian_reason(s) for n, s in trace.items() if n in data or s.get("is_observed")}
         return {n: r for n, r in found.items() if not n.startswith(_trace._CORRECTION)}
 
     def _with_laws(self, z: Noise | SiteValues) -> dict[str, dict]:
@@ -187,36 +189,6 @@ def _observed(problem: InverseProblem) -> dict[str, Array]:
     z = jnp.zeros(problem.dimension)
     trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z), fill_missing=False)
     return {n: s["value"] for n, s in trace.items() if n in problem.structure.data and s.get("is_observed")}
-
-
-def _bare(law: dist.Distribution) -> dist.Distribution:
-    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
-        law = law.base_dist
-    return law
-
-
-def _gaussian_reason(site: dict) -> str | None:
-    if site["type"] != "sample":
-        return "is a numpyro.deterministic, which has no noise"
-    law = site["fn"]
-    if isinstance(law, dist.Unit):
-        return "is a numpyro.factor, which is no Gaussian observation"
-    if isinstance(law, dist.MaskedDistribution) or site["scale"] is not None:
-        return "stands under handlers.mask or handlers.scale; mark missing data by NaN instead"
-    if not isinstance(_bare(law), dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
-        return f"is {type(_bare(law)).__name__}, not Normal or MultivariateNormal"
-    return None
-
-
-def _mean(law: dist.Distribution) -> Array:
-    return jnp.broadcast_to(law.mean, law.shape())
-
-
-def _noise(law: dist.Distribution, shape: tuple[int, ...]) -> Array:
-    if isinstance(_bare(law), dist.Normal):
-        return jnp.broadcast_to(jnp.sqrt(law.variance), shape)
-    covariance = _bare(law).covariance_matrix
-    return jnp.broadcast_to(covariance, (*shape, shape[-1]))
 
 
 def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:

@@ -6,12 +6,46 @@
 >>> from pushforward.problems import problem
 >>> problem("eight_schools").data["y"].shape
 (8,)
+
+State-space models are modules of their own, with more than one model each and their exact answers or published
+scores: `nile`, `air_passengers`, `local_linear`, `linear_state_space`, `lorenz63`, `lorenz96`.
+
+>>> from pushforward.problems import nile
+>>> nile.DATA.shape
+(100,)
 """
 
-from pushforward.problems import bod, eight_schools, linear_gaussian, lynx_hare
+from pushforward.problems import (
+    air_passengers,
+    bod,
+    eight_schools,
+    linear_gaussian,
+    linear_state_space,
+    local_linear,
+    lorenz63,
+    lorenz96,
+    lynx_hare,
+    nile,
+)
+from pushforward.problems._anchor import Anchor
 from pushforward.problems._problem import Problem
 
-__all__ = ["NAMES", "Problem", "bod", "eight_schools", "linear_gaussian", "lynx_hare", "problem"]
+__all__ = [
+    "NAMES",
+    "Anchor",
+    "Problem",
+    "air_passengers",
+    "bod",
+    "eight_schools",
+    "linear_gaussian",
+    "linear_state_space",
+    "local_linear",
+    "lorenz63",
+    "lorenz96",
+    "lynx_hare",
+    "nile",
+    "problem",
+]
 
 _BUILDERS = {
     "linear_gaussian_2": lambda: linear_gaussian.linear_gaussian(2),

@@ -1,0 +1,242 @@
+"""One analysis of an ensemble: square-root, deterministic, serial and perturbed-observation Kalman updates.
+
+An ensemble is an array (members N, ...). `whiten` turns predicted data, data and noise into whitened
+anomalies Y (N, m) and an innovation d (m,); every scheme turns those into **weights** W (N, N) whose rows sum to
+one, and ``analysis = W @ ensemble`` for any array of the members: the state, other quantities, earlier times
+(which makes a filter the ensemble Kalman smoother). With ``S = Y / sqrt(N - 1)`` and ``M = (I + S S^T)^-1``
+the Kalman update of the sample moments (denominator N - 1) is
+
+    mean weights  w = M S d / sqrt(N - 1),        covariance  A^T M A / (N - 1),
+
+A the anomalies of what is updated. Cost is O(N^2 m + N^3), or O(N m^2 + m^3 + N^2 m) where m < N: never m x m with
+diagonal noise and m > N. All schemes keep the analysis in the span of the members.
+
+Which one: `etkf` for small ensembles (follow it by a rotation: `etkf_rotated` does both, faster), `denkf` with
+little inflation and N of the order of the unstable directions, `serial_ensrf` to follow papers that use it,
+`perturbed` for strongly non-Gaussian forecasts and as N grows.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax.linalg import cholesky, triangular_solve
+
+from pushforward._types import Array, Float, Key
+from pushforward.math.ensemble_roots import (
+    from_complement,
+    inverse_factor,
+    inverse_root,
+    rows_from_complement,
+    to_complement,
+)
+
+
+class Whitened(NamedTuple):
+    """Predicted data and data in units of the noise; missing entries are zero columns, which change nothing.
+
+    Attributes:
+        anomalies: Y = R^-1/2 (predicted - mean), one row per member; columns of missing data are 0.
+        innovation: d = R^-1/2 (data - mean of predicted), 0 where missing.
+        count: number of data present.
+        log_det: log det R over the data present.
+    """
+
+    anomalies: Float[Array, "members m"]
+    innovation: Float[Array, "m"]
+    count: Float[Array, ""]
+    log_det: Float[Array, ""]
+
+
+def whiten(predicted: Float[Array, "members m"], data: Float[Array, "m"], noise: Array) -> Whitened:
+    """Anomalies and innovation in units of the noise, R^-1/2 the inverse Cholesky factor where R is dense.
+
+    Missing data drop out exactly: their columns are set to zero and their rows and columns of R to the identity's.
+
+    Args:
+        predicted: predicted data of each member, without noise, (N, m).
+        data: data, (m,); NaN says missing, decided by value.
+        noise: variances (m,) (or one for all), or a covariance (m, m); entries of missing data are not used.
+    """
+    present = ~jnp.isnan(data)
+    predicted = jnp.where(present, predicted, 0.0)
+    mean = jnp.mean(predicted, 0)
+    anomalies, innovation = predicted - mean, jnp.where(present, data, 0.0) - mean
+    count = jnp.sum(present, dtype=predicted.dtype)
+    if jnp.ndim(noise) < 2:
+        variances = jnp.where(present, noise, 1.0)
+        scale = jax.lax.rsqrt(variances)
+        return Whitened(anomalies * scale, innovation * scale, count, jnp.sum(jnp.log(variances)))
+    both = present[:, None] & present[None, :]
+    covariance = jnp.where(both, noise, jnp.eye(len(data), dtype=predicted.dtype))
+    factor = cholesky(covariance, symmetrize_input=False)
+    rows = jnp.concatenate([anomalies, innovation[None]])
+    rows = triangular_solve(factor, rows, left_side=False, lower=True, transpose_a=True)
+    return Whitened(rows[:-1], rows[-1], count, 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor))))
+
+
+class _Solved(NamedTuple):
+    """M, the mean's weights, and X -> X S^T M / sqrt(N - 1), the weights of whitened shifts X (N, m) of the data."""
+
+    inverse: Array
+    mean: Array
+    shifted: Callable[[Array], Array]
+
+
+def _scaled(w: Whitened) -> tuple[Array, float]:
+    root = math.sqrt(w.anomalies.shape[0] - 1)
+    return w.anomalies / root, root
+
+
+def _solve(w: Whitened) -> _Solved:
+    """(I + S S^T)^-1 by one Cholesky factorisation of the smaller of the N x N and m x m matrices."""
+    members, m = w.anomalies.shape
+    s, root = _scaled(w)
+    if m < members:
+        factor = inverse_factor(jnp.eye(m, dtype=s.dtype) + s.T @ s)
+        half = factor @ s.T
+        gain = factor.T @ (half / root)
+        inverse = jnp.eye(members, dtype=s.dtype) - half.T @ half
+        return _Solved(inverse, w.innovation @ gain, lambda x: x @ gain)
+    factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
+    inverse = factor.T @ factor
+    return _Solved(inverse, inverse @ (s @ (w.innovation / root)), lambda x: (x @ (s.T / root)) @ inverse)
+
+
+def etkf(w: Whitened) -> Float[Array, "members members"]:
+    """Weights of the ensemble transform Kalman filter with the symmetric square root.
+
+    ``W = 1 w^T + (I + S S^T)^-1/2``: mean and covariance are exactly the Kalman update of the sample moments, and
+    of all such transforms this one moves the members least (Bishop, Etherton and Majumdar 2001; Hunt, Kostelich
+    and Szunyogh 2007, eqs. 20-24; Sakov and Oke 2008b on why the root must be symmetric).
+    """
+    members, m = w.anomalies.shape
+    s, root = _scaled(w)
+    unit = jnp.eye(members, dtype=s.dtype)
+    if m >= members:
+        inverse_half = inverse_root(unit + s @ s.T)
+        mean = inverse_half @ (inverse_half @ (s @ (w.innovation / root)))
+        return inverse_half + mean
+    # With B = I + S^T S: (I + S S^T)^-1/2 = I - S (B + B^1/2)^-1 S^T.
+    b = jnp.eye(m, dtype=s.dtype) + s.T @ s
+    inverse_half = inverse_root(b)
+    mean = s @ (inverse_half @ (inverse_half @ (w.innovation / root)))
+    half = inverse_factor(b + b @ inverse_half) @ s.T
+    return unit - half.T @ half + mean
+
+
+def etkf_rotated(w: Whitened, key: Key) -> Float[Array, "members members"]:
+    """Weights with the law of a Haar `rotation` after `etkf`, at the cost of one Cholesky factorisation.
+
+    A Haar rotation makes all square roots equal in law, so the triangular one serves, in the complement of 1.
+    """
+    members = w.anomalies.shape[0]
+    s, root = _scaled(w)
+    inner = to_complement(s)
+    factor = inverse_factor(jnp.eye(members - 1, dtype=s.dtype) + inner @ inner.T)
+    mean = rows_from_complement(factor.T @ (factor @ (inner @ (w.innovation / root))))
+    return from_complement(_haar(key, members - 1, s.dtype) @ factor) + mean
+
+
+def denkf(w: Whitened) -> Float[Array, "members members"]:
+    """Weights of the deterministic EnKF: the mean with the Kalman gain K, the anomalies with K / 2.
+
+    The analysis covariance is ``(I - K H) P + K H P H^T K^T / 4``, a little more than Kalman's, which works as
+    inflation (Sakov and Oke 2008a, eqs. 11-15). ``W = 1 w^T + (I + M) / 2``.
+    """
+    solved = _solve(w)
+    return 0.5 * (jnp.eye(len(solved.mean), dtype=solved.mean.dtype) + solved.inverse) + solved.mean
+
+
+def perturbed_by(w: Whitened, noise: Float[Array, "members m"]) -> Float[Array, "members members"]:
+    """Weights of the EnKF in which member i sees the data plus ``R^1/2 noise[i]``.
+
+    ``W = 1 w^T + M + E S^T M / sqrt(N - 1)``, E the noise. `perturbed` draws the noise; draw it beforehand to take the
+    random numbers out of a loop.
+    """
+    solved = _solve(w)
+    return solved.inverse + solved.mean + solved.shifted(noise)
+
+
+def perturbed(w: Whitened, key: Key) -> Float[Array, "members members"]:
+    """Weights of the EnKF with perturbed observations, their sample mean zero (Burgers, van Leeuwen and Evensen 1998).
+
+    The mean is Kalman's exactly; the expectation of the sample covariance given the forecast is too.
+    """
+    return perturbed_by(w, centred_noise(w, key))
+
+
+def perturbed_rescaled(w: Whitened, key: Key) -> Float[Array, "members members"]:
+    """The same with perturbations times sqrt(N / (N - 1)), so that each has variance R, as DAPPER has them.
+
+    The expected sample covariance is above Kalman's by ``K R K^T / (N - 1)``.
+    """
+    members = w.anomalies.shape[0]
+    return perturbed_by(w, math.sqrt(members / (members - 1)) * centred_noise(w, key))
+
+
+def centred_noise(w: Whitened, key: Key) -> Float[Array, "members m"]:
+    """Standard normal noise for each member and datum, less its mean over the members."""
+    noise = jax.random.normal(key, w.anomalies.shape, w.anomalies.dtype)
+    return noise - jnp.mean(noise, 0)
+
+
+def serial_ensrf(w: Whitened) -> Float[Array, "members members"]:
+    """Weights of the serial ensemble square-root filter: one (whitened) datum after another.
+
+    With y the current predicted anomalies of one datum over sqrt(N - 1) and ``c = y^T y + 1``: the mean's weights
+    move by ``T^T y (d - predicted) / (c sqrt(N - 1))``, the anomalies by ``-y y^T / (c + sqrt(c))`` (Whitaker and
+    Hamill 2002, eqs. 8-13; Potter's scheme). Kalman's mean and covariance in any order of the data; the members
+    themselves depend on the order.
+    """
+    members = w.anomalies.shape[0]
+    s, root = _scaled(w)
+
+    def step(carry, datum):
+        transform, mean = carry
+        column, innovation = datum
+        y = transform @ column
+        c = 1.0 + y @ y
+        row = y @ transform
+        mean = mean + row * ((innovation - root * (mean @ column)) / (c * root))
+        transform = transform - y[:, None] * (row / (c + jnp.sqrt(c)))
+        return (transform, mean), None
+
+    start = (jnp.eye(members, dtype=s.dtype), jnp.zeros(members, s.dtype))
+    (transform, mean), _ = jax.lax.scan(step, start, (s.T, w.innovation))
+    return transform + mean
+
+
+def log_likelihood(w: Whitened) -> Float[Array, ""]:
+    """log N(data; mean of predicted, sample covariance of predicted + R), over the data present.
+
+    ``-(|d - S^T v|^2 + |v|^2 + log det(I + S S^T) + log det R + count log 2 pi) / 2`` with ``v = M S d``, by the
+    determinant lemma and Woodbury's identity, in a form without cancellation.
+    """
+    members, m = w.anomalies.shape
+    s, _ = _scaled(w)
+    if m < members:
+        factor = inverse_factor(jnp.eye(m, dtype=s.dtype) + s.T @ s)
+        square = jnp.sum((factor @ w.innovation) ** 2)
+    else:
+        factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
+        v = factor.T @ (factor @ (s @ w.innovation))
+        square = jnp.sum((w.innovation - v @ s) ** 2) + v @ v
+    log_det = -2.0 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    return -0.5 * (square + log_det + w.log_det + w.count * math.log(2.0 * math.pi))
+
+
+def rotation(key: Key, members: int) -> Float[Array, "members members"]:
+    """A random orthogonal matrix with Omega 1 = 1, Haar on the complement of 1; mean and covariance stay.
+
+    Rotating each analysis keeps the members near Gaussian (Sakov and Oke 2008b; Evensen 2009).
+    """
+    return from_complement(_haar(key, members - 1, jnp.result_type(float)))
+
+
+def _haar(key: Key, n: int, dtype) -> Array:
+    """Haar orthogonal matrix: Q of a Gaussian matrix, R with a positive diagonal (Mezzadri 2007)."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (n, n), dtype))
+    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(dtype)

@@ -1,0 +1,176 @@
+r"""Log likelihood of a series whose step does not change, with a switch to the steady-state gain.
+
+Only offsets and data vary, so B B', D D' + R and B D' are formed once and one matrix [H; A] maps the carry. Once the
+covariance has converged to rounding the gain K is constant, and the rest of the series is the affine recursion
+c_t = L c_{t-1} + K (y_t - d_t) + b_t, L = A - K H, with all products but the one by L outside the loop (Anderson and Moore 1979,
+"Optimal Filtering", ch. 4, for the convergence; Harvey 1989, section 3.3.3, for the switch).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pushforward.math.kalman import LOG_2PI, Step, dense, eliminate, solve_factor, symmetric
+
+CHUNK = 32
+"""Times between tests of convergence."""
+
+
+class ConstantFiltered(NamedTuple):
+    """A filtered series: log p(y_1..y_T), means of c_1..c_T, covariance of c_T, and where the gain became constant.
+
+    `full_steps` counts the steps whose covariance was computed; the rest shared the last gain.
+    """
+
+    log_likelihood: Float[Array, ""]
+    means: Float[Array, "time n"]
+    cov: Float[Array, "n n"]
+    full_steps: Int[Array, ""]
+
+
+class _System(NamedTuple):
+    """What does not depend on time: [H; A] and the covariance of the joint noise of data and carry."""
+
+    maps: Float[Array, "k n"]
+    noise: Float[Array, "k k"]
+
+
+class _Input(NamedTuple):
+    """What does: y - d with zero where missing, 1 where present, b."""
+
+    y: Float[Array, "time m"]
+    present: Float[Array, "time m"]
+    b: Float[Array, "time n"]
+
+
+def filter_constant(
+    mean: Float[Array, " n"],
+    cov: Float[Array, "n n"],
+    step: Step,
+    ys: Float[Array, "time m"],
+    *,
+    steady: bool = True,
+) -> ConstantFiltered:
+    """Filters a series whose step is constant but for `b` and `d`; reverse-mode differentiable in all arguments.
+
+    The covariance counts as converged when over `CHUNK` steps it moved by less than 1e-14 of its largest entry
+    (1e-6 in float32); log likelihood and gradient then agree with the full recursion to about 1e-12. Data that are
+    missing keep the full recursion up to the last of them. Under `vmap` both ways are computed: write
+    `steady=False` there.
+
+    Args:
+        mean: mean of c_0, shape (n,).
+        cov: its covariance, shape (n, n).
+        step: the step; `b` has shape (n,) or (time, n), `d` (m,) or (time, m).
+        ys: data, shape (time, m), NaN where missing.
+        steady: whether to look for convergence of the covariance.
+    """
+    length, m = ys.shape
+    n = mean.shape[0]
+    noises = jnp.concatenate([step.D, step.B])
+    noise = (noises @ noises.T).at[:m, :m].add(dense(step.R))
+    system = _System(jnp.concatenate([step.H, step.A]), symmetric(noise))
+    missing = jnp.isnan(ys)
+    residual = jnp.where(missing, 0.0, jnp.where(missing, 0.0, ys) - step.d)
+    inputs = _Input(residual, 1.0 - missing.astype(ys.dtype), jnp.broadcast_to(step.b, (length, n)))
+    head = length % CHUNK if length >= 2 * CHUNK and n else length
+    (mean, cov), (log_likelihood, means) = _full(system, (mean, cov), jax.tree.map(lambda x: x[:head], inputs))
+    full_steps = jnp.asarray(head)
+    if head < length:
+        (mean, cov), (term, rest), converged, full_steps = _chunks(system, (mean, cov), inputs, head, steady)
+        log_likelihood, means = log_likelihood + term, jnp.concatenate([means, rest])
+        if steady:
+            term, rest = lax.cond(
+                converged & (full_steps < length),
+                _steady,
+                lambda *_: (jnp.zeros_like(term), jnp.zeros_like(means)),
+                *(system, mean, cov, inputs, full_steps),
+            )
+            log_likelihood, means = log_likelihood + term, means + rest
+    log_likelihood = log_likelihood - 0.5 * LOG_2PI * jnp.sum(inputs.present)
+    return ConstantFiltered(log_likelihood, means, cov, full_steps)
+
+
+def _gain(system: _System, cov: Array, present: Array | None) -> tuple[Array, Array, Array]:
+    """Factor of S, C S^-T/2 and the next covariance; missing data become independent of all else, of variance 1."""
+    n = cov.shape[0]
+    m = system.maps.shape[0] - n
+    joint = (system.maps @ cov) @ system.maps.T + system.noise
+    if present is not None:
+        kept = jnp.concatenate([present, jnp.ones(n, present.dtype)])
+        joint = joint * (kept[:, None] * kept) + jnp.diag(1.0 - kept)
+    columns = eliminate(joint, m)
+    below = columns[m:]
+    return columns[:m], below, symmetric(joint[m:, m:] - below @ below.T)
+
+
+def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
+    """The full recursion; the log likelihood without its constant."""
+    m = inputs.y.shape[1]
+
+    def move(carry, now: _Input):
+        mean, cov = carry
+        factor, below, cov = _gain(system, cov, now.present)
+        predicted = system.maps @ mean
+        innovation = now.y - now.present * predicted[:m]
+        white = solve_factor(factor, innovation[:, None], transposed=False)[:, 0]
+        mean = predicted[m:] + now.b + below @ white
+        term = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(white**2)
+        return (mean, cov), (term, mean)
+
+    carry, (terms, means) = lax.scan(move, start, inputs)
+    return carry, (jnp.sum(terms), means)
+
+
+def _chunks(system: _System, start: tuple[Array, Array], inputs: _Input, head: int, steady: bool) -> tuple:
+    """The full recursion from time `head` by chunks, which are skipped once the covariance has converged."""
+    mean, cov = start
+    tolerance = 1e-14 if cov.dtype == jnp.float64 else 1e-6
+    chunks = jax.tree.map(lambda x: x[head:].reshape(-1, CHUNK, x.shape[1]), inputs)
+    # Recomputing a chunk in the backward pass is cheaper than storing its matrices: they stay in the cache.
+    full = jax.checkpoint(_full)
+    complete = jnp.all(chunks.present == 1.0, axis=(1, 2))
+    complete_from_here = jnp.flip(jnp.cumprod(jnp.flip(complete.astype(jnp.int32)))) == 1
+
+    def skip(system, carry, chunk):
+        return carry, (jnp.zeros((), cov.dtype), jnp.zeros_like(chunk.b))
+
+    def move(carry, slices):
+        (state, settled, count), (chunk, complete) = carry, slices
+        skipped = settled & complete
+        after, out = lax.cond(skipped, skip, full, system, state, chunk) if steady else full(system, state, chunk)
+        old, new = lax.stop_gradient((state[1], after[1]))
+        still = jnp.max(jnp.abs(new - old)) <= tolerance * jnp.max(jnp.abs(new))
+        settled = settled | (still & complete & steady)
+        return (after, settled, count + jnp.where(skipped, 0, CHUNK)), out
+
+    first = ((mean, cov), jnp.asarray(False), jnp.asarray(head))
+    (state, settled, count), (terms, means) = lax.scan(move, first, (chunks, complete_from_here))
+    return state, (jnp.sum(terms), means.reshape(-1, mean.shape[0])), settled, count
+
+
+def _steady(system: _System, mean: Array, cov: Array, inputs: _Input, start: Array) -> tuple[Array, Array]:
+    """Log likelihood and means of the times after `start`, zero before, with the gain at `cov`."""
+    length, m = inputs.y.shape
+    factor, below, _ = _gain(system, cov, None)
+    gain = solve_factor(factor, below.T, transposed=True).T
+    H, A = system.maps[:m], system.maps[m:]
+    later = jnp.arange(length)[:, None] >= start
+    # The mean reached by the full recursion enters as the input of the last time before the switch.
+    entry = jnp.where(jnp.arange(length)[:, None] == start - 1, mean, 0.0)
+    pushed = jnp.where(later, inputs.y @ gain.T + inputs.b, entry)
+    L = A - gain @ H
+
+    # A matrix-vector product per time costs less than blocks of times, whose powers of L mean log(block) more work.
+    def move(mean, push):
+        after = L @ mean + push
+        return after, (mean, after)
+
+    _, (before, means) = lax.scan(move, jnp.zeros_like(mean), pushed)
+    innovations = jnp.where(later, inputs.y - before @ H.T, 0.0)
+    white = solve_factor(factor, innovations.T, transposed=False)
+    log_factor = jnp.sum(jnp.log(jnp.diagonal(factor)))
+    return -0.5 * jnp.sum(white**2) - (length - start) * log_factor, jnp.where(later, means, 0.0)

@@ -1,0 +1,73 @@
+"""What a state method is: it integrates the trajectory of a `StateSpace` out, and draws it."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import equinox as eqx
+
+from pushforward._types import Array, Key
+from pushforward.methods._base import Method
+from pushforward.model.state_space import Chain, StateSpace
+
+STORES = {
+    "draws": "joint smoothing draws, and draws of the filtering and one-step laws",
+    "moments": "means and standard deviations of the filtering and one-step laws, draws of the last step",
+    "last": "draws of the last step",
+}
+
+
+class StateDraws(eqx.Module):
+    """What a state method found at given parameters.
+
+    Attributes:
+        posterior: draws by site, leading axis draw; sites of the scan have time next.
+        filtering: the same of p(x_t given y_1..t); with `store="moments"` the leading axis holds mean and sd.
+        one_step: the same of p(x_t given y_1..t-1).
+        log_prior: log density of latent sites of the scan, per draw; empty where not known.
+        log_likelihood: log density of the observed sites, per draw; empty where not known.
+        last: the carry after the last step, draws of its state (draw, n) and what rides along.
+        log_evidence: log p(data given parameters), exact or estimated.
+        summary: numbers about the run.
+    """
+
+    posterior: dict[str, Array]
+    filtering: dict[str, Array]
+    one_step: dict[str, Array]
+    log_prior: dict[str, Array]
+    log_likelihood: dict[str, Array]
+    last: tuple[Array, list[Array]]
+    log_evidence: Array
+    summary: dict[str, Array]
+
+
+class StateMethod(Method):
+    """Base of filters and smoothers; subclasses are final."""
+
+    accepts: ClassVar[type] = StateSpace
+    differentiable: ClassVar[bool] = True
+    augment: eqx.AbstractVar[bool]
+    store: eqx.AbstractVar[str]
+
+    @abstractmethod
+    def log_likelihood(self, chain: Chain, key: Key) -> Array:
+        """log p(data given parameters); stochastic methods draw their noise from `key`."""
+
+    @abstractmethod
+    def trajectories(self, chain: Chain, key: Key, draws: int, store: str) -> StateDraws:
+        """Draws of trajectories at given parameters.
+
+        Args:
+            chain: the model at its parameters.
+            key: typed JAX key.
+            draws: number of draws.
+            store: one of `STORES`.
+        """
+
+    def run(self, problem: Any, key: Key, draws: int, runner: Any) -> Any:
+        """State methods are run by `infer` through `trajectories`."""
+        return runner.call(_run, self, problem, key, draws)
+
+
+def _run(method: StateMethod, space: StateSpace, key: Key, draws: int) -> StateDraws:
+    space = space.augmented() if method.augment else space
+    return method.trajectories(space.chain(), key, draws, method.store)

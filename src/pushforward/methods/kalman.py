@@ -1,0 +1,274 @@
+"""`Kalman`: the Kalman filter and smoother, and their nonlinear relatives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from pushforward._errors import MethodError
+from pushforward._types import Array, Key
+from pushforward.math import kalman, kalman_parallel, kalman_steady
+from pushforward.methods import _linearization
+from pushforward.methods._base import check_choice, check_positive
+from pushforward.methods._kalman_filter import (
+    AllDraws,
+    Followed,
+    begin,
+    draw,
+    follow,
+    initial_size,
+    joint_moments,
+    linear_series,
+)
+from pushforward.methods._linearization import Exact, Linearization, _noise_size, root
+from pushforward.methods._state import STORES, StateDraws, StateMethod
+from pushforward.model import trajectories
+from pushforward.model.linear import Facts, facts
+from pushforward.model.state_space import Chain, StateSpace
+
+_SCHEDULES = ("auto", "sequential", "parallel")
+
+
+class Kalman(StateMethod):
+    """Kalman filter, smoother and joint smoothing draws (Kalman 1960; Rauch, Tung and Striebel 1965).
+
+    With the default `Exact` the model must be linear with Gaussian noise, which is verified, and the result is the
+    exact posterior of the trajectory. The other linearisations approximate nonlinear steps and give no error bound.
+
+    Args:
+        linearization: `pf.Exact()`, `pf.Extended()`, `pf.Iterated()`, `pf.Unscented()`, `pf.Cubature()` or their names.
+        inflation: factor of the state's covariance per unit of time; 1 leaves it alone.
+        time_step: length of a step in units of time.
+        schedule: "sequential", "parallel" in time (an associative scan, for linear models on accelerators), or "auto".
+        store: "draws" of trajectories; "moments": means and standard deviations in time, in memory that does not grow
+            with matrices; "last": draws of the last state.
+        augment: whether free parameters join the state. Otherwise a model with parameters needs
+            ``infer(model, method=pf.NUTS(), states=pf.Kalman())``.
+
+    Example:
+        >>> import numpy as np, numpyro, numpyro.distributions as dist, pushforward as pf
+        >>> from numpyro.contrib.control_flow import scan
+        >>> def walk(y):
+        ...     def step(x, y):
+        ...         x = numpyro.sample("x", dist.Normal(x, 1))
+        ...         numpyro.sample("y", dist.Normal(x, 2), obs=y)
+        ...         return x, None
+        ...     scan(step, numpyro.sample("x0", dist.Normal(0, 5)), y)
+        >>> tree = pf.infer(walk, method=pf.Kalman(), y=np.array([1.0, 2.0, np.nan, 3.0]))
+        >>> tree["posterior"]["x"].shape
+        (1, 1000, 4)
+    """
+
+    linearization: Linearization = Exact()
+    inflation: float = 1.0
+    time_step: float = 1.0
+    schedule: str = "auto"
+    store: str = "draws"
+    augment: bool = False
+
+    def __init__(
+        self,
+        linearization: Linearization | str = Exact(),
+        *,
+        inflation: float = 1.0,
+        time_step: float = 1.0,
+        schedule: str = "auto",
+        store: str = "draws",
+        augment: bool = False,
+    ):
+        if isinstance(linearization, str):
+            check_choice("Kalman", tuple(_linearization.NAMES), linearization=linearization)
+            linearization = _linearization.NAMES[linearization]()
+        self.linearization = linearization
+        self.inflation, self.time_step = inflation, time_step
+        self.schedule, self.store, self.augment = schedule, store, augment
+
+    def __check_init__(self):
+        if not isinstance(self.linearization, Linearization):
+            raise MethodError(
+                "Kalman(linearization=...) takes an instance such as pf.Extended(), or one of "
+                f"{list(_linearization.NAMES)}; got {self.linearization!r}."
+            )
+        check_positive("Kalman", inflation=self.inflation, time_step=self.time_step)
+        check_choice("Kalman", _SCHEDULES, schedule=self.schedule)
+        check_choice("Kalman", STORES, store=self.store)
+        if self.schedule == "parallel" and not (isinstance(self.linearization, Exact) and self.inflation == 1.0):
+            raise MethodError(
+                "Kalman(schedule='parallel') needs steps that are known before filtering: use it with pf.Exact() and "
+                "without inflation, or schedule='sequential'."
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is the exact posterior."""
+        return isinstance(self.linearization, Exact) and self.inflation == 1.0
+
+    def why_not(self, problem: Any) -> str | None:
+        """Exact needs a linear-Gaussian model, the others Gaussian noise."""
+        return self.linearization.why_not(problem)
+
+    @property
+    def _growth(self) -> float:
+        return self.inflation**self.time_step
+
+    def _parallel(self, length: int) -> bool:
+        if self.schedule == "auto":
+            return self.exact and jax.default_backend() != "cpu" and length >= 128
+        return self.schedule == "parallel"
+
+    def log_likelihood(self, chain: Chain, key: Key | None = None, *, steady: bool = False) -> Array:
+        """log p(data given parameters), exactly where the filter is exact.
+
+        Args:
+            chain: the model at its parameters.
+            key: not used.
+            steady: whether a time-invariant model may switch to the steady-state gain once its covariance has
+                converged. Under `vmap` both ways would be computed.
+        """
+        series = self._series(chain)
+        if series is None:
+            found = follow(chain, self.linearization, self._growth)
+            value = found.first.log_likelihood + found.filtered.log_likelihood
+        else:
+            start, known = (series.first.mean, series.first.cov), series.varying
+            if self._parallel(chain.structure.length):
+                rest = kalman_parallel.filter_series_parallel(
+                    *start, series.steps, series.data, varying=known
+                ).log_likelihood
+            elif not (known.A or known.R):
+                rest = kalman_steady.filter_constant(*start, series.steps, series.data, steady=steady).log_likelihood
+            else:
+                rest = kalman.filter_series(*start, series.steps, series.data, varying=known).log_likelihood
+            value = series.first.log_likelihood + rest
+        return value + chain.static_log_likelihood()
+
+    def _series(self, chain: Chain) -> Any:
+        if not self.exact:
+            return None
+        known = _facts(chain)
+        return linear_series(chain, known.constant, known.offsets_constant)
+
+    def _followed(self, chain: Chain) -> Followed:
+        """The filtered chain with its records, by whichever way fits."""
+        series = self._series(chain)
+        if series is None:
+            return follow(chain, self.linearization, self._growth)
+        run = kalman.filter_series
+        if self._parallel(chain.structure.length):
+            run = kalman_parallel.filter_series_parallel
+        found = run(series.first.mean, series.first.cov, series.steps, series.data, varying=series.varying)
+        length = chain.structure.length
+        noise = (
+            series.steps.R if series.varying.R else jnp.broadcast_to(series.steps.R, (length, *series.steps.R.shape))
+        )
+        return Followed(
+            series.first, series.first_noise, series.riders, found, noise, _last_riders(chain, series.riders)
+        )
+
+    def trajectories(self, chain: Chain, key: Key, draws: int, store: str = "draws") -> StateDraws:
+        """See `StateMethod.trajectories`."""
+        if store != "draws":
+            return _without_trajectories(self, chain, key, draws, store)
+        found = self._followed(chain)
+        last_mean = found.filtered.means[-1]
+        roots = (kalman.noise_root(found.first_noise), jax.vmap(kalman.noise_root)(found.noise))
+        drawn = draw(found.first, found.filtered.records, last_mean, roots, key, draws, self._growth)
+        return _package(chain, found, _own_noise(drawn, _noise_size(chain)), key, draws)
+
+
+def _facts(chain: Chain) -> Facts:
+    return facts(StateSpace(chain.arrays, chain.structure, chain.joined))
+
+
+def _last_riders(chain: Chain, riders: list[Array]) -> list[Array]:
+    """What rides along after the last step."""
+    last = chain.structure.length - 1
+    state = jnp.zeros(jax.eval_shape(lambda: chain.start(jnp.zeros(initial_size(chain)))[0]).shape)
+    return chain.step(state, [r[last] for r in riders], jnp.asarray(last), jnp.zeros(_noise_size(chain))).riders
+
+
+def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
+    """Without the noise that sigma points add."""
+    smoothing = drawn.smoothing._replace(noise=drawn.smoothing.noise[..., :q])
+    parts = [(states, noise[..., :q]) for states, noise in (drawn.filtering, drawn.one_step)]
+    return AllDraws(smoothing, *parts)
+
+
+def _package(chain: Chain, found: Followed, drawn: AllDraws, key: Key, draws: int) -> StateDraws:
+    late = jax.random.normal(jax.random.fold_in(key, 2), (draws, _late_size(chain)))
+    smooth = drawn.smoothing
+    last = (smooth.last, found.last_riders)
+    sites = trajectories.posterior(chain, found.riders, smooth.initial, smooth.states, smooth.noise, last, late)
+    times = jnp.arange(chain.structure.length)
+
+    def other(part: tuple[Array, Array]) -> dict[str, Array]:
+        values = trajectories.along(chain, found.riders, *part, times)["values"]
+        return jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), values)
+
+    evidence = found.first.log_likelihood + found.filtered.log_likelihood + chain.static_log_likelihood()
+    return StateDraws(
+        posterior=sites.values,
+        filtering=other(drawn.filtering),
+        one_step=other(drawn.one_step),
+        log_prior=sites.log_prior,
+        log_likelihood=sites.log_likelihood,
+        last=last,
+        log_evidence=evidence,
+        summary={},
+    )
+
+
+def _late_size(chain: Chain) -> int:
+    return sum(chain.structure.joint.slots[n].size for n in chain.structure.late)
+
+
+def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, store: str) -> StateDraws:
+    """Filter in memory that does not grow with T x n x n: moments of sites in time, draws of the last step."""
+    first, _, riders = begin(chain, initial_size(chain))
+    q = _noise_size(chain)
+    still, growth = jnp.zeros(q), method._growth
+
+    def sites_at(joint: Array, riding: list[Array], t: Array) -> dict[str, Array]:
+        return chain.step(joint[:-q] if q else joint, riding, t, joint[-q:] if q else still).sites
+
+    def moments(law: tuple[Array, Array], riding: list[Array], t: Array) -> dict[str, Array]:
+        mean, cov = law
+        flat, back = ravel_pytree(sites_at(mean, riding, t))
+        slopes = jax.jacfwd(lambda u: ravel_pytree(sites_at(u, riding, t))[0])(mean)
+        spread = jnp.sqrt(jnp.maximum(jnp.sum((slopes @ cov) * slopes, 1), 0.0))
+        return jax.tree.map(lambda *v: jnp.stack(v), back(flat), back(spread))
+
+    def move(carry: tuple, t: Array) -> tuple[tuple, tuple]:
+        mean, cov, riding, total, _ = carry
+        cov = growth * cov
+        moved = chain.step(mean, riding, t, still)
+        step = method.linearization.step(chain, mean, cov, riding, t, moved.observed.data)
+        after = kalman.update(mean, cov, step, moved.observed.data)
+        laws = [
+            (m[: mean.shape[0] + q], c[: mean.shape[0] + q, : mean.shape[0] + q])
+            for m, c in joint_moments(after.record)
+        ]
+        kept = tuple(moments(law, riding, t) for law in laws) if store == "moments" else ({}, {})
+        return (after.mean, after.cov, moved.riders, total + after.log_likelihood, (laws[0], riding)), kept
+
+    n = first.mean.shape[0]
+    start = (
+        first.mean,
+        first.cov,
+        riders,
+        first.log_likelihood,
+        ((jnp.zeros(n + q), jnp.zeros((n + q, n + q))), riders),
+    )
+    length = chain.structure.length
+    (_, _, last_riders, total, (law, riding)), (filtering, one_step) = jax.lax.scan(move, start, jnp.arange(length))
+    spread = jax.random.normal(key, (draws, n + q)) @ root(law[1]).T
+    joint = law[0] + spread
+    final = jax.vmap(lambda u: chain.step(u[:n], riding, jnp.asarray(length - 1), u[n:]))(joint)
+    values = final.sites
+    if chain.joined:
+        values = values | jax.vmap(lambda x: chain.at(x[: chain.joined_size]).outer)(final.state)
+        values = {k: v for k, v in values.items() if k in final.sites or k in chain.joined}
+    swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in (filtering, one_step)]
+    evidence = total + chain.static_log_likelihood()
+    return StateDraws(values, *swapped, {}, {}, (final.state, last_riders), evidence, {})

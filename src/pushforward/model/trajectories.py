@@ -1,0 +1,90 @@
+"""From draws of states and noise to the user's sites: the body of the scan is run again on each."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pushforward._types import Array
+from pushforward.model.state_space import Chain, join
+
+
+class Sites(eqx.Module):
+    """Values by site name and densities of draws of a trajectory.
+
+    Attributes:
+        values: latent and deterministic sites; those of the scan have axes (draw, time, ...).
+        log_prior: log density of latent sites of the scan, element by element.
+        log_likelihood: log density of observed sites, element by element.
+    """
+
+    values: dict[str, Array]
+    log_prior: dict[str, Array]
+    log_likelihood: dict[str, Array]
+
+
+def along(chain: Chain, riders: list[Array], states: Array, noise: Array, times: Array) -> dict[str, Any]:
+    """Run the body at each time and draw.
+
+    Args:
+        chain: the model at its parameters.
+        riders: what rides along before each time, leading axis time.
+        states: states before each time, shape (time, draw, n).
+        noise: noise of each time, shape (time, draw, q).
+        times: numbers of the steps, shape (time,).
+
+    Returns:
+        What the body gives, with axes (time, draw, ...).
+    """
+
+    def at_time(item: tuple) -> dict[str, Any]:
+        riding, state, e, t = item
+
+        def one(x: Array, z: Array) -> dict[str, Any]:
+            moved = chain.step(x, riding, t, z)
+            return {
+                "values": moved.sites,
+                "log_prior": moved.log_prior,
+                "log_likelihood": moved.observed.log_prob,
+                "returned": moved.returned,
+            }
+
+        return jax.vmap(one)(state, e)
+
+    return jax.lax.map(at_time, (riders, states, noise, times))
+
+
+def posterior(
+    chain: Chain, riders: list[Array], initial: Array, states: Array, noise: Array, last: tuple, late: Array
+) -> Sites:
+    """All sites of the model at draws of trajectories.
+
+    Args:
+        chain: the model at its parameters.
+        riders: what rides along before each step, leading axis time.
+        initial: noise z_0, shape (draw, k).
+        states: states before each step, shape (time, draw, n).
+        noise: noise of the steps, shape (time, draw, q).
+        last: the last state (draw, n) and what rides along with it.
+        late: noise of sites after the scan, shape (draw, l).
+    """
+    found = jax.tree.map(
+        lambda v: jnp.moveaxis(v, 0, 1), along(chain, riders, states, noise, jnp.arange(states.shape[0]))
+    )
+    values, outside = around(chain, initial, found["returned"], last, late)
+    likelihood = found["log_likelihood"] | outside
+    return Sites(values | found["values"], found["log_prior"], likelihood)
+
+
+def around(chain: Chain, initial: Array, returned: Any, last: tuple, late: Array) -> tuple[dict, dict]:
+    """Values of the sites outside the scan, and log densities of what is observed there, with a leading axis draw."""
+    s = chain.structure
+    state, riders = last
+
+    def one(z: Array, back: Any, x: Array, w: Array) -> tuple[dict, dict]:
+        carry = jax.tree.unflatten(s.carry_tree, join(s, x[chain.joined_size :], riders))
+        found = chain.around(z, back, carry, w)
+        return found["values"], {n: found["observed"][n].log_prob for n in (*s.first, *s.static)}
+
+    return jax.vmap(one)(initial, returned, state, late)
