@@ -302,7 +302,7 @@ def test_gaspari_cohn_is_positive_semi_definite_on_the_ring(radius):
 def test_distances():
     ring = ensemble_local.ring_distances(10, jnp.array([0.0, 2.5, 9.0]))
     close(ring[:, 0], [0, 1, 2, 3, 4, 5, 4, 3, 2, 1], 1e-14)
-    close(ring[[0, 5, 9]], [[0, 2.5, 1], [5, 2.5, 4], [1, 3.5, 0]], 1e-14)
+    close(ring[np.array([0, 5, 9])], [[0, 2.5, 1], [5, 2.5, 4], [1, 3.5, 0]], 1e-14)
     a, b = jnp.array([[0.0, 0.0], [350.0, 1.0]]), jnp.array([[10.0, 3.0]])
     close(ensemble_local.distances(a, b)[:, 0], [np.sqrt(109), np.sqrt(340**2 + 4)], 1e-14)
     around = ensemble_local.distances(a, b, periods=jnp.array([360.0, jnp.inf]))
@@ -323,7 +323,7 @@ def test_letkf_with_infinite_radius_is_etkf(shape):
 @pytest.mark.parametrize("members", [2, 7, 14])
 def test_letkf_is_etkf_with_tapered_precision(members):
     x, predicted, data, noise, _ = problem(members, 8, state=6)
-    taper = np.asarray(ensemble_local.localisation_taper(ensemble_local.ring_distances(6, jnp.arange(8) * 0.75), 1.2))
+    taper = np.asarray(ensemble_local.localisation_taper(ensemble_local.ring_distances(6, jnp.arange(8) * 0.75), 0.7))
     assert (taper == 0).any()
     weights = jax.jit(ensemble_local.letkf_weights)(predicted, data, noise, taper)
     triangular = jax.jit(ensemble_local.letkf_weights_triangular)(predicted, data, noise, taper)
@@ -348,9 +348,10 @@ def test_batched_roots_against_eigenvectors(n, strength):
     a = np.eye(n) + y @ y.transpose(0, 2, 1)
     values, vectors = np.linalg.eigh(a)
     expected = (vectors / np.sqrt(values)[:, None]) @ vectors.transpose(0, 2, 1)
-    close(np.moveaxis(jax.jit(ensemble_roots.inverse_roots)(np.moveaxis(a, 0, -1)), -1, 0), expected)
+    tolerance = max(1e-10, 1e-15 * strength)  # of the eigenvectors' own accuracy at the eigenvalue 1
+    close(np.moveaxis(jax.jit(ensemble_roots.inverse_roots)(np.moveaxis(a, 0, -1)), -1, 0), expected, tolerance)
     factor = np.moveaxis(np.asarray(jax.jit(ensemble_roots.inverse_factors)(np.moveaxis(a, 0, -1))), -1, 0)
-    close(factor.transpose(0, 2, 1) @ factor, expected @ expected)
+    close(factor.transpose(0, 2, 1) @ factor, expected @ expected, tolerance)
     close(np.triu(factor, 1), 0.0)
 
 
@@ -371,12 +372,12 @@ def dual_minimum(predicted, data, noise):
     def cost(l):
         return np.sum(du**2 / ((l[:, None] * s) ** 2 + less), 1) + e / l**2 + c * np.log(l**2)
 
-    low, high = 0.5, 100.0
+    low, high = np.log(0.5), np.log(900.0)
     for _ in range(12):
-        grid = np.linspace(low, high, 4001)
-        best = grid[np.argmin(cost(grid))]
-        low, high = max(best - (high - low) / 1000, 0.1), best + (high - low) / 1000
-    return best
+        grid = np.exp(np.linspace(low, high, 4001))
+        best = np.log(grid[np.argmin(cost(grid))])
+        low, high = best - (high - low) / 1000, best + (high - low) / 1000
+    return np.exp(best)
 
 
 @pytest.mark.parametrize("stretch", [0.3, 1.0, 5.0, 40.0])
@@ -393,8 +394,9 @@ def test_finite_size_minimises_the_dual_cost(shape, stretch):
     inflated = [v.mean(0) + exact * (v - v.mean(0)) for v in (x, predicted)]
     mean, cov = kalman(*inflated, data, np.diag(noise))
     analysis = weights_of("finite_size", predicted, data, noise) @ x
-    close(analysis.mean(0), mean, 1e-9)
-    close(np.cov(analysis.T), cov, 1e-9)
+    # Inflation up to 300 makes the dense formula itself lose digits.
+    close(analysis.mean(0), mean, 1e-6)
+    close(np.cov(analysis.T), cov, 1e-6)
 
 
 def test_finite_size_finds_the_global_minimum():
@@ -407,9 +409,9 @@ def test_finite_size_finds_the_global_minimum():
         l = dual_minimum(predicted, data, np.ones(6))
         w = ensemble.whiten(jnp.asarray(predicted), jnp.asarray(data), jnp.ones(6))
         actual = float(jnp.sqrt(ensemble_iterative.inflation_square(w)))
-        if l < 90:
+        if l < 800:
             found += 1
-            close(actual, l, 1e-5)
+            close(actual, l, 1e-4)
     assert found > 10
 
 

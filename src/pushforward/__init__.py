@@ -4,21 +4,28 @@ from pushforward._files import load, save
 from pushforward._infer import infer
 from pushforward.compare import compare, plot_compare
 from pushforward.describe import describe
-from pushforward.methods import NUTS, GaussianVI, Laplace, Pathfinder, PreconditionedCrankNicolson, TemperedSMC
+from pushforward.methods import NUTS, GaussianVI, Kalman, Laplace, Pathfinder, PreconditionedCrankNicolson, TemperedSMC
 from pushforward.methods._covariance import Diagonal, Full, LowRank
+from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
 from pushforward.posterior import attributes
 from pushforward.predictive import add_log_likelihood, predict, prior
 
 __all__ = [
     "NUTS",
+    "Cubature",
     "Diagonal",
+    "Exact",
+    "Extended",
     "Full",
     "GaussianVI",
+    "Iterated",
+    "Kalman",
     "Laplace",
     "LowRank",
     "Pathfinder",
     "PreconditionedCrankNicolson",
     "TemperedSMC",
+    "Unscented",
     "add_log_likelihood",
     "attributes",
     "compare",

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pushforward import _evaluate, parallel, posterior
+from pushforward import _evaluate, _states, parallel, posterior
 from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Key, Model
 from pushforward.methods import NAMES
 from pushforward.methods._base import Draws, Method
+from pushforward.methods._state import StateMethod
+from pushforward.methods.kalman import Kalman
 from pushforward.methods.nuts import NUTS
 from pushforward.model._arguments import split
 from pushforward.model._fingerprint import fingerprint, stable_text
@@ -53,7 +55,8 @@ def infer(
         *args: the model's positional arguments. Arrays are traced, so that data of equal shapes do not
             recompile; all else is static.
         method: an instance such as ``pf.NUTS(chains=2)``, a name such as ``"laplace"``, or ``"auto"``.
-        states: a state method that integrates a trajectory out. This version has none.
+        states: a state method such as ``pf.Kalman()`` that integrates the trajectory of a `scan` out while `method`
+            infers the parameters; the result holds both.
         surrogate: a trained surrogate of the forward model. This version has none.
         observed: names of the sites that must be data; an error names those that no argument observes.
         key: an integer or a typed JAX key.
@@ -87,17 +90,20 @@ def infer(
         >>> round(float(tree["posterior"]["mean"].mean()), 1)
         2.0
     """
-    _check_options(draws, states, surrogate, throw, progress, predictive)
+    _check_options(draws, surrogate, throw, progress, predictive)
     mesh, key, label = parallel.check_mesh(mesh), *_typed_key(key)
     problem = read_problem(model, args, kwargs, observed)
     notes = _check_problem(problem, observed)
     labels = posterior.Labels(problem.sites, coords, dims, _argument_names(model, args, kwargs))
-    method, reason = _choose(method, problem)
+    method, states, reason = _choose(method, states, problem)
     path = _checkpoint_path(checkpoint)
     identity = _identity(model, args, kwargs, method, key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
-    found = _with_khat(method.run(problem, key, draws, runner))
-    groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
+    if isinstance(method, StateMethod) or states is not None:
+        found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
+    else:
+        found = _with_khat(method.run(problem, key, draws, runner))
+        groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
     outcome = _outcome(found)
     cautions = shape_warnings(problem) + _usage_warnings(method, runner) + method.warnings(found)
@@ -105,6 +111,7 @@ def infer(
     cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
     attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
     attributes |= {"reason": reason} if reason else {}
+    attributes |= {"states": repr(states)} if states is not None else {}
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
         diagnose(problem)
@@ -114,18 +121,14 @@ def infer(
     return tree
 
 
-def _check_options(draws: Any, states: Any, surrogate: Any, throw: Any, progress: Any, predictive: Any) -> None:
+def _check_options(draws: Any, surrogate: Any, throw: Any, progress: Any, predictive: Any) -> None:
     if isinstance(draws, bool) or not isinstance(draws, int | np.integer) or draws < 1:
         raise ArgumentError(f"draws= takes a positive integer, the number of draws per chain; got {draws!r}.")
     for name, value in (("throw", throw), ("progress", progress), ("predictive", predictive)):
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}= takes True or False; got {value!r}.")
-    for name, value in (("states", states), ("surrogate", surrogate)):
-        if value is not None:
-            raise MethodError(
-                f"{name}= is not available in this version, which infers all latent sites jointly; got "
-                f"{type(value).__name__}. Leave it out."
-            )
+    if surrogate is not None:
+        raise MethodError(f"surrogate= is not available in this version; got {type(surrogate).__name__}. Leave it out.")
 
 
 def _typed_key(key: Any) -> tuple[Key, int | list[int]]:
@@ -158,12 +161,14 @@ def _check_problem(problem: InverseProblem, observed: Any) -> list[str]:
     return check_data(problem)
 
 
-def _choose(method: Any, problem: InverseProblem) -> tuple[Method, str]:
-    """The method instance, and for "auto" the reason of the choice."""
+def _choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, StateMethod | None, str]:
+    """The instances of method and state method, and for "auto" the reason of the choice."""
     reason = ""
+    if isinstance(states, str) and states in NAMES:
+        states = NAMES[states]()
     if isinstance(method, str):
         if method == "auto":
-            method, reason = NUTS(), _auto_reason(problem)
+            method, states, reason = _automatic(states, problem)
         elif method in NAMES:
             method = NAMES[method]()
         else:
@@ -175,10 +180,25 @@ def _choose(method: Any, problem: InverseProblem) -> tuple[Method, str]:
             f"method= takes a name ({', '.join(['auto', *NAMES])}) or an instance such as pf.NUTS(); "
             f"got {type(method).__name__}."
         )
-    misfit = fits(method, problem)
+    if states is not None:
+        _states.check_given(states, method, problem)
+    misfit = None if isinstance(method, StateMethod) else fits(method, problem)
     if misfit:
         raise MethodError(f"{type(method).__name__} does not fit this model: {misfit}.")
-    return method, reason
+    return method, states, reason
+
+
+def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
+    if states is not None:
+        return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
+    space, reason = _states.automatic(problem)
+    if space is not None and not space.structure.parameters:
+        return Kalman(), None, f"{reason} without parameters: the Kalman smoother is exact"
+    if space is not None:
+        return NUTS(), Kalman(), f"{reason} with parameters: NUTS over the exact Kalman likelihood"
+    if reason:
+        return NUTS(), None, f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
+    return NUTS(), None, "differentiable model: NUTS is the reference"
 
 
 def fits(method: Method, problem: Any) -> str | None:
@@ -186,12 +206,6 @@ def fits(method: Method, problem: Any) -> str | None:
     if not isinstance(problem, method.accepts):
         return f"it works on {method.accepts.__name__}, and the model was read as {type(problem).__name__}"
     return method.why_not(problem)
-
-
-def _auto_reason(problem: InverseProblem) -> str:
-    if any(slot.steps for slot in problem.structure.slots.values()):
-        return "the model has a scan, sampled as one joint density over the whole trajectory"
-    return "differentiable model: NUTS is the reference"
 
 
 def _checkpoint_path(checkpoint: Any) -> Path | None:
@@ -262,6 +276,31 @@ def _groups(
         parts["posterior_predictive"] = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in drawn.items()}
     groups = {name: posterior.group(part, labels) for name, part in parts.items()}
     return groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
+
+
+def _state_groups(
+    problem: InverseProblem,
+    method: Method,
+    states: StateMethod | None,
+    key: Key,
+    draws: int,
+    labels: posterior.Labels,
+    runner: Runner,
+    notes: list[str],
+) -> tuple[Draws, dict[str, Any]]:
+    """Run a state method, alone or under a method for the parameters, and make the groups of the result."""
+    if isinstance(method, StateMethod):
+        space = _states.check_alone(method, problem)
+        found, parts = _states.run_alone(method, space, key, draws, runner)
+    else:
+        assert states is not None
+        space = _states.check_given(states, method, problem)
+        marginal = _states.marginal_problem(space, states, jax.random.fold_in(key, 3))
+        found = _with_khat(method.run(marginal, key, draws, runner))
+        parts = _states.groups_given(space, states, found, marginal, jax.random.fold_in(key, 4), runner)
+    parts = _states.limited(parts, notes)
+    groups = {name: posterior.group(part, labels, sampled=_states.is_sampled(part)) for name, part in parts.items()}
+    return found, groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
 
 
 def _bound(model: Model, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _scaled(w: Whitened) -> tuple[Array, float]:
 
 
 def _solve(w: Whitened) -> _Solved:
-    """(I + S S^T)^-1 by one Cholesky factorisation of the smaller of the N x N and m x m matrices."""
+    """(I + S S^T)^-1 from the smaller of the N x N and m x m matrices, or datum by datum where that is cheaper."""
     members, m = w.anomalies.shape
     s, root = _scaled(w)
     if m < members:
@@ -100,9 +100,24 @@ def _solve(w: Whitened) -> _Solved:
         gain = factor.T @ (half / root)
         inverse = jnp.eye(members, dtype=s.dtype) - half.T @ half
         return _Solved(inverse, w.innovation @ gain, lambda x: x @ gain)
-    factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
-    inverse = factor.T @ factor
+    # Measured on a CPU: half the time of the factorisation at N = m = 40, equal at N = 20 and at m = 2 N.
+    if 20 <= members <= 80 and m <= 2 * members:
+        inverse = _rank_one_inverse(s)
+    else:
+        factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
+        inverse = factor.T @ factor
     return _Solved(inverse, inverse @ (s @ (w.innovation / root)), lambda x: (x @ (s.T / root)) @ inverse)
+
+
+def _rank_one_inverse(s: Float[Array, "members m"]) -> Float[Array, "members members"]:
+    """(I + S S^T)^-1 by the formula of Sherman and Morrison, column by column."""
+
+    def step(inverse, column):
+        u = inverse @ column
+        # Rounding must not turn a quadratic form that is all but zero negative.
+        return inverse - u[:, None] * (u / (1.0 + jnp.maximum(column @ u, 0.0))), None
+
+    return jax.lax.scan(step, jnp.eye(s.shape[0], dtype=s.dtype), s.T)[0]
 
 
 def etkf(w: Whitened) -> Float[Array, "members members"]:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from pushforward._types import Array, Float
@@ -97,7 +98,8 @@ def letkf_weights_triangular(
     rotation; compare scores with `letkf_weights` before relying on it. Arguments and result as there.
     """
     gram, right = _local_systems(predicted, data, variances, taper)
-    factor = inverse_factors(gram)
+    # Without the barriers XLA computes the unrolled loops anew for each of their uses.
+    factor = jax.lax.optimization_barrier(inverse_factors(gram))
     mean = batch_product(jnp.swapaxes(factor, 0, 1), batch_product(factor, right[:, None]))[:, 0]
     return _embed(factor, mean)
 
@@ -110,11 +112,12 @@ def _local_systems(predicted: Array, data: Array, variances: Array, taper: Array
     n, m = inner.shape
     # One product for the Gram matrices of all local points.
     pairs = (inner[:, None] * inner[None]).reshape(n * n, m)
-    gram = (pairs @ taper.T).reshape(n, n, -1)
-    return gram + jnp.eye(n, dtype=gram.dtype)[:, :, None], (inner * (w.innovation / root)) @ taper.T
+    gram = (pairs @ taper.T).reshape(n, n, -1) + jnp.eye(n, dtype=inner.dtype)[:, :, None]
+    return jax.lax.optimization_barrier((gram, (inner * (w.innovation / root)) @ taper.T))
 
 
 def _embed(transform: Array, mean: Array) -> Array:
+    mean = jax.lax.optimization_barrier(mean)
     weights = from_complement(transform) + rows_from_complement(mean)[None]
     return jnp.moveaxis(weights, -1, 0)
 

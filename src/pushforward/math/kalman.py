@@ -22,10 +22,9 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 LOG_2PI = 1.8378770664093453
-SMALL = 6
-"""Up to this many data the factorisation is unrolled into elementwise operations, which XLA fuses."""
-BLOCK = 20
-"""Larger factorisations go by blocks: beyond about this size OpenBLAS starts threads that spin."""
+SMALL = 6  # up to this many data the factorisation is unrolled into elementwise operations, which XLA fuses
+EVERYTHING = "ABbHDdR"  # leaves of a series of steps that have a leading axis of time: all
+BLOCK = 20  # larger ones go by blocks: beyond about this size OpenBLAS starts threads that spin
 
 
 class Step(NamedTuple):
@@ -41,21 +40,6 @@ class Step(NamedTuple):
     D: Float[Array, "m q"]
     d: Float[Array, " m"]
     R: Float[Array, "m m"] | Float[Array, " m"]
-
-
-class Varying(NamedTuple):
-    """Says which leaves of a series of steps have a leading axis of time; the others hold for all times."""
-
-    A: bool = True
-    B: bool = True
-    b: bool = True
-    H: bool = True
-    D: bool = True
-    d: bool = True
-    R: bool = True
-
-
-CONSTANT = Varying(*(False,) * 7)
 
 
 class Record(NamedTuple):
@@ -88,14 +72,6 @@ class Updated(NamedTuple):
     record: Record
 
 
-class UpdatedRoot(NamedTuple):
-    """Moments of the carry after a step; its covariance is `root` root', `root` lower triangular."""
-
-    mean: Float[Array, " next"]
-    root: Float[Array, "next next"]
-    log_likelihood: Float[Array, ""]
-
-
 class Filtered(NamedTuple):
     """A filtered series: log p(y_1..y_T), moments of c_1..c_T given the data so far, and stacked records."""
 
@@ -106,10 +82,7 @@ class Filtered(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """Moments, given all data, of the carry c before a step, its noise e and the carry c' after the step.
-
-    `cross` is Cov(c, e), `lag` is Cov(c, c').
-    """
+    """Moments, given all data, of the carry c before a step and its noise e; Cov(c, e); Cov(c, c') with the next."""
 
     carry_mean: Float[Array, " n"]
     carry_cov: Float[Array, "n n"]
@@ -120,7 +93,7 @@ class Smoothed(NamedTuple):
 
 
 def dense(R: Float[Array, "m m"] | Float[Array, " m"]) -> Float[Array, "m m"]:
-    """The covariance matrix of data noise that is given as a matrix or as variances."""
+    """The covariance matrix from a matrix or variances."""
     return jnp.diag(R) if R.ndim == 1 else R
 
 
@@ -133,10 +106,6 @@ def eliminate(joint: Float[Array, "k k"], m: int) -> Float[Array, "k m"]:
     """The first m columns of the lower Cholesky factor of a matrix, of which only the leading m x m block must be PD.
 
     With joint = [[S, C'], [C, V]] these are [F; C F^-T], F F' = S; then V - (C F^-T)(C F^-T)' is the Schur complement.
-
-    Args:
-        joint: symmetric, shape (k, k); only its first m columns are read.
-        m: number of columns, static.
     """
     size = 1 if m <= SMALL else BLOCK
     columns = []
@@ -176,7 +145,7 @@ def solve_factor(factor: Float[Array, "m m"], right: Float[Array, "m k"], *, tra
     return jnp.stack([rows[i] for i in range(m)])
 
 
-def _masked(mean: Array, step: Step, y: Array) -> tuple[Array, Array, Array, Array, Array]:
+def masked(mean: Array, step: Step, y: Array) -> tuple[Array, Array, Array, Array, Array]:
     """H, D, R and the innovation without the missing data, and the 0/1 vector of present ones."""
     missing = jnp.isnan(y)
     present = 1.0 - missing.astype(step.H.dtype)
@@ -206,7 +175,7 @@ def update(mean: Float[Array, " n"], cov: Float[Array, "n n"], step: Step, y: Fl
         y: data, shape (m,), NaN where missing.
     """
     m = y.shape[0]
-    H, D, R, innovation, present = _masked(mean, step, y)
+    H, D, R, innovation, present = masked(mean, step, y)
     maps, noises = jnp.concatenate([H, step.A]), jnp.concatenate([D, step.B])
     joint = (maps @ cov) @ maps.T + noises @ noises.T
     columns = eliminate(joint.at[:m, :m].add(dense(R)), m)
@@ -231,7 +200,9 @@ def update(mean: Float[Array, " n"], cov: Float[Array, "n n"], step: Step, y: Fl
     )
 
 
-def update_root(mean: Float[Array, " n"], root: Float[Array, "n r"], step: Step, y: Float[Array, " m"]) -> UpdatedRoot:
+def update_root(
+    mean: Float[Array, " n"], root: Float[Array, "n r"], step: Step, y: Float[Array, " m"]
+) -> tuple[Float[Array, " next"], Float[Array, "next next"], Float[Array, ""]]:
     """The same step for a covariance that is kept as a root: P = root root' never loses its sign to rounding.
 
     One QR factorisation triangularises [[H U, D, R^1/2], [A U, B, 0]] into [[S^1/2, 0], [K S^1/2, U']] (Kailath,
@@ -243,9 +214,12 @@ def update_root(mean: Float[Array, " n"], root: Float[Array, "n r"], step: Step,
         root: any matrix U with U U' its covariance, shape (n, r).
         step: the step; a matrix `R` must be positive definite, variances may be zero.
         y: data, shape (m,), NaN where missing.
+
+    Returns:
+        Mean and lower triangular root of the covariance of the carry after the step, and log p(y).
     """
     m, size = y.shape[0], step.A.shape[0]
-    H, D, R, innovation, present = _masked(mean, step, y)
+    H, D, R, innovation, present = masked(mean, step, y)
     rows = jnp.concatenate([H @ root, D, noise_root(R)], axis=1)
     below = jnp.concatenate([step.A @ root, step.B, jnp.zeros((size, m), rows.dtype)], axis=1)
     array = jnp.concatenate([rows, below])
@@ -255,23 +229,23 @@ def update_root(mean: Float[Array, " n"], root: Float[Array, "n r"], step: Step,
     factor = triangle[:m, :m]
     white = solve_factor(factor, innovation[:, None], transposed=False)
     mean = step.A @ mean + step.b + triangle[m:, :m] @ white[:, 0]
-    return UpdatedRoot(mean, triangle[m:, m:], _log_density(jnp.diagonal(factor), white, present))
+    return mean, triangle[m:, m:], _log_density(jnp.diagonal(factor), white, present)
 
 
 def noise_root(R: Float[Array, "... m m"] | Float[Array, " m"]) -> Float[Array, "... m m"]:
-    """A matrix whose product with its transpose is R: of variances, which may be 0, or of a PD matrix."""
+    """A root of R, given as variances, which may be 0, or as a PD matrix."""
     if R.ndim > 1:
         return jnp.linalg.cholesky(R)
     return jnp.diag(jnp.where(R > 0, jnp.sqrt(jnp.where(R > 0, R, 1.0)), 0.0))
 
 
-def scanned(steps: Step, varying: Varying) -> Step:
+def scanned(steps: Step, varying: str) -> Step:
     """The part of a series that `lax.scan` slices; None stands for what holds at all times."""
-    return Step(*(leaf if varies else None for leaf, varies in zip(steps, varying, strict=True)))  # type: ignore[reportArgumentType]
+    return Step(**{name: leaf if name in varying else None for name, leaf in steps._asdict().items()})
 
 
 def merged(steps: Step, slices: Step) -> Step:
-    """The step at one time, from the series and what `lax.scan` sliced."""
+    """The step at one time, from the series and what `lax.scan` sliced of it."""
     return Step(*(whole if part is None else part for whole, part in zip(steps, slices, strict=True)))
 
 
@@ -281,21 +255,21 @@ def filter_series(
     steps: Step,
     ys: Float[Array, "time m"],
     *,
-    varying: Varying = Varying(),
+    varying: str = EVERYTHING,
 ) -> Filtered:
-    """Filters a series: `update` along time.
+    """Filters a series by `update`, from the mean and covariance of c_0.
 
     Args:
         mean: mean of c_0, shape (n,).
         cov: its covariance, shape (n, n).
         steps: the steps; leaves that vary have a leading axis of time.
         ys: data, shape (time, m), NaN where missing.
-        varying: which leaves of `steps` vary with time. Constant ones are not stacked.
+        varying: names of the leaves of `steps` that vary with time, such as "bd"; the others are not stacked.
     """
 
     def move(carry, slices):
-        part, y = slices
-        after = update(*carry, merged(steps, part), y)
+        (mean, cov), (part, y) = carry, slices
+        after = update(mean, cov, merged(steps, part), y)
         return (after.mean, after.cov), (after.log_likelihood, after.mean, after.cov, after.record)
 
     _, (terms, means, covs, records) = lax.scan(move, (mean, cov), (scanned(steps, varying), ys))
@@ -345,15 +319,12 @@ def smooth_mean_step(
 
 
 def smooth_series(records: Record) -> tuple[Float[Array, " n"], Float[Array, "n n"], Smoothed]:
-    """Smooths a filtered series; the moments at index t are those of c_t (before the step), e_{t+1}, c_{t+1}.
-
-    The last carry c_T is not among them: its smoothed moments are the filtered ones.
+    """Smooths a filtered series; index t holds the moments of c_t and e_{t+1}. Those of c_T are the filtered ones.
 
     Returns:
         r and N of c_0, which `smooth_step` takes with the record of the initial step, and the stacked moments.
     """
-    size = records.L.shape[1]
-    zero = jnp.zeros(size, records.L.dtype)
+    zero = jnp.zeros(records.L.shape[1], records.L.dtype)
 
     def move(carry, record):
         r, N, moments = smooth_step(record, *carry)
@@ -383,8 +354,10 @@ def sample_noise(
     (length, _, q), m = records.J.shape, records.H.shape[1]
     q0, m0 = initial.J.shape[1], initial.H.shape[0]
     keys = jax.random.split(key, 4)
-    z, v0 = (jax.random.normal(k, (s, draws), dtype) for k, s in zip(keys[:2], (q0, m0), strict=True))
-    e, v = (jax.random.normal(k, (length, s, draws), dtype) for k, s in zip(keys[2:], (q, m), strict=True))
+    z, v0, e, v = (
+        jax.random.normal(k, (*shape, draws), dtype)
+        for k, shape in zip(keys, ((q0,), (m0,), (length, q), (length, m)), strict=True)
+    )
     v0, v = roots[0] @ v0, roots[1] @ v
 
     def forward(errors, slices):
@@ -414,7 +387,7 @@ def simulation_smoother(
     key: PRNGKeyArray,
     draws: int,
     *,
-    varying: Varying = Varying(),
+    varying: str = EVERYTHING,
 ) -> tuple[Float[Array, "draws q0"], Float[Array, "draws time q"]]:
     """Exact joint draws of the noises z_0, e_1..e_T given all data, by one filter pass that all draws share.
 
@@ -422,13 +395,13 @@ def simulation_smoother(
         initial: step with n = 0 that makes the first carry, c_0 = B z_0 + b, and data y_0 = D z_0 + d + v.
         steps: the steps; a matrix `R` must be positive definite, variances may be zero.
         ys: data, shape (time, m), NaN where missing.
-        y0: data of the initial step, shape (m0,), often of length 0.
+        y0: data of the initial step, shape (m0,), often (0,).
         key: a JAX key.
         draws: number of draws.
-        varying: which leaves of `steps` vary with time.
+        varying: names of the leaves of `steps` that vary with time.
     """
     nothing = jnp.zeros((0,), initial.B.dtype)
     first = update(nothing, nothing[:, None] * nothing, initial, y0)
     records = filter_series(first.mean, first.cov, steps, ys, varying=varying).records
-    root = jax.vmap(noise_root)(steps.R) if varying.R else noise_root(steps.R)
+    root = jax.vmap(noise_root)(steps.R) if "R" in varying else noise_root(steps.R)
     return sample_noise(first.record, records, (noise_root(initial.R), root), key, draws)

@@ -16,14 +16,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pushforward.math.kalman import (
+    EVERYTHING,
     Filtered,
     Record,
     Smoothed,
     Step,
-    Varying,
-    _masked,
     dense,
     eliminate,
+    masked,
     merged,
     scanned,
     smooth_step,
@@ -53,7 +53,7 @@ def element(step: Step, y: Float[Array, " m"]) -> Element:
         y: data, shape (m,), NaN where missing.
     """
     m, n = y.shape[0], step.A.shape[1]
-    H, D, R, residual, _ = _masked(jnp.zeros(n, step.A.dtype), step, y)
+    H, D, R, residual, _ = masked(jnp.zeros(n, step.A.dtype), step, y)
     noises = jnp.concatenate([D, step.B])
     joint = (noises @ noises.T).at[:m, :m].add(dense(R))
     columns = eliminate(joint, m)
@@ -93,7 +93,7 @@ def filter_series_parallel(
     steps: Step,
     ys: Float[Array, "time m"],
     *,
-    varying: Varying = Varying(),
+    varying: str = EVERYTHING,
 ) -> Filtered:
     """`kalman.filter_series` by an associative scan; the same result, records included.
 
@@ -102,7 +102,7 @@ def filter_series_parallel(
         cov: its covariance, shape (n, n).
         steps: the steps; leaves that vary have a leading axis of time; D D' + R must be positive definite.
         ys: data, shape (time, m), NaN where missing.
-        varying: which leaves of `steps` vary with time.
+        varying: names of the leaves of `steps` that vary with time.
     """
     part = scanned(steps, varying)
     zeros = jnp.zeros_like(cov)

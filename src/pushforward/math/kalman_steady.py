@@ -2,8 +2,8 @@ r"""Log likelihood of a series whose step does not change, with a switch to the 
 
 Only offsets and data vary, so B B', D D' + R and B D' are formed once and one matrix [H; A] maps the carry. Once the
 covariance has converged to rounding the gain K is constant, and the rest of the series is the affine recursion
-c_t = L c_{t-1} + K (y_t - d_t) + b_t, L = A - K H, with all products but the one by L outside the loop (Anderson and Moore 1979,
-"Optimal Filtering", ch. 4, for the convergence; Harvey 1989, section 3.3.3, for the switch).
+c_t = L c_{t-1} + K (y_t - d_t) + b_t, L = A - K H, with every product but the one by L outside the loop (Anderson
+and Moore 1979, "Optimal Filtering", ch. 4, for the convergence; Harvey 1989, section 3.3.3, for the switch).
 """
 
 from typing import NamedTuple

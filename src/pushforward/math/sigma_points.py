@@ -66,9 +66,8 @@ def unscented(dim: int, *, alpha: float = 1.0, beta: float = 2.0, kappa: float =
     """The scaled unscented rule: 0 and +-alpha sqrt(dim + kappa) along the axes.
 
     With s = alpha^2 (dim + kappa) the weights are 1 / (2 s) along the axes, 1 - dim / s at 0 for the mean and
-    2 - dim / s - alpha^2 + beta for the covariance. The defaults have no negative weight, and in one dimension the
-    exact variance of a quadratic; in more dimensions they overstate it. A small alpha with beta = 2 is exact for
-    the variance of sums of squares, at the price of large weights of both signs.
+    2 - dim / s - alpha^2 + beta for the covariance. The defaults have no negative weight. With beta = 2 and kappa = 0
+    the variance of a quadratic is exact in one dimension; in more it is overstated (|x|^2: 2 dim^2, exact 2 dim).
 
     Args:
         dim: length of carry and noise together, >= 1.

@@ -1,6 +1,7 @@
 """INFER: one file per method, one class per file."""
 
 from pushforward.methods.gaussian_vi import GaussianVI
+from pushforward.methods.kalman import Kalman
 from pushforward.methods.laplace import Laplace
 from pushforward.methods.nuts import NUTS
 from pushforward.methods.pathfinder import Pathfinder
@@ -14,5 +15,6 @@ NAMES = {
     "laplace": Laplace,
     "gaussian_vi": GaussianVI,
     "pathfinder": Pathfinder,
+    "kalman": Kalman,
 }
 """Names that stand for a method with its defaults."""

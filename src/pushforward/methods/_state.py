@@ -23,7 +23,7 @@ class StateDraws(eqx.Module):
         posterior: draws by site, leading axis draw; sites of the scan have time next.
         filtering: the same of p(x_t given y_1..t); with `store="moments"` the leading axis holds mean and sd.
         one_step: the same of p(x_t given y_1..t-1).
-        log_prior: log density of latent sites of the scan, per draw; empty where not known.
+        log_prior: log density of latent sites, per draw; empty where not known.
         log_likelihood: log density of the observed sites, per draw; empty where not known.
         last: the carry after the last step, draws of its state (draw, n) and what rides along.
         log_evidence: log p(data given parameters), exact or estimated.
@@ -50,7 +50,10 @@ class StateMethod(Method):
 
     @abstractmethod
     def log_likelihood(self, chain: Chain, key: Key) -> Array:
-        """log p(data given parameters); stochastic methods draw their noise from `key`."""
+        """log p(data of the trajectory given parameters); stochastic methods draw their noise from `key`.
+
+        What is observed outside the scan and depends on parameters alone is not part of it.
+        """
 
     @abstractmethod
     def trajectories(self, chain: Chain, key: Key, draws: int, store: str) -> StateDraws:
@@ -63,11 +66,10 @@ class StateMethod(Method):
             store: one of `STORES`.
         """
 
-    def run(self, problem: Any, key: Key, draws: int, runner: Any) -> Any:
-        """State methods are run by `infer` through `trajectories`."""
-        return runner.call(_run, self, problem, key, draws)
+    def members_of(self, draws: int) -> int:
+        """How many times each step of the model is run."""
+        return 1 + draws
 
-
-def _run(method: StateMethod, space: StateSpace, key: Key, draws: int) -> StateDraws:
-    space = space.augmented() if method.augment else space
-    return method.trajectories(space.chain(), key, draws, method.store)
+    def run(self, problem: StateSpace, key: Key, draws: int, runner: Any) -> Any:
+        """`infer` runs state methods through `trajectories`; this is the same for a caller with a `Runner`."""
+        return runner.call(lambda space, key: self.trajectories(space.chain(), key, draws, self.store), problem, key)

@@ -118,7 +118,7 @@ class Kalman(StateMethod):
         return self.schedule == "parallel"
 
     def log_likelihood(self, chain: Chain, key: Key | None = None, *, steady: bool = False) -> Array:
-        """log p(data given parameters), exactly where the filter is exact.
+        """log p(data of the trajectory given parameters), exactly where the filter is exact.
 
         Args:
             chain: the model at its parameters.
@@ -141,7 +141,7 @@ class Kalman(StateMethod):
             else:
                 rest = kalman.filter_series(*start, series.steps, series.data, varying=known).log_likelihood
             value = series.first.log_likelihood + rest
-        return value + chain.static_log_likelihood()
+        return value
 
     def _series(self, chain: Chain) -> Any:
         if not self.exact:

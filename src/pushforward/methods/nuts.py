@@ -94,6 +94,7 @@ class _State(eqx.Module):
     stats: dict[str, Array]
     leapfrogs: Array
     started: Array
+    key: Key
 
 
 def _potential(method: NUTS, problem: InverseProblem) -> Any:
@@ -113,8 +114,10 @@ def _start(method: NUTS, problem: InverseProblem, key: Key, draws: int, mesh: Me
 
     def one(chain_key: Key) -> _State:
         start_key, kernel_key = jax.random.split(chain_key)
-        info, found = _find_start(_potential(method, problem), prototype, start_key)
-        initialise, _ = _kernel(method, problem)
+        # A stochastic likelihood keeps the noise of its chain: common random numbers.
+        own = problem.with_key(chain_key)
+        info, found = _find_start(_potential(method, own), prototype, start_key)
+        initialise, _ = _kernel(method, own)
         kernel = initialise(info, kernel_key)
         buffer = jax.tree.map(lambda x: jnp.zeros((draws, *x.shape), x.dtype), info.z)
         real, whole = jnp.zeros(draws), jnp.zeros(draws, int)
@@ -128,7 +131,7 @@ def _start(method: NUTS, problem: InverseProblem, key: Key, draws: int, mesh: Me
             "step_size": real,
             "lp": real,
         }
-        return _State(kernel, buffer, stats, jnp.zeros((), int), found)
+        return _State(kernel, buffer, stats, jnp.zeros((), int), found, chain_key)
 
     return parallel.vmap(one, mesh)(jax.random.split(key, method.chains))
 
@@ -178,7 +181,7 @@ def _advance(
     state: _State, start: Array, stop: Array, method: NUTS, problem: InverseProblem, mesh: Mesh | None
 ) -> _State:
     def chain(one: _State) -> _State:
-        initialise, step = _kernel(method, problem)
+        initialise, step = _kernel(method, problem.with_key(one.key))
         # NumPyro's step closes over what initialise sets; its own result is not needed here.
         initialise(ParamInfo(one.kernel.z, one.kernel.potential_energy, one.kernel.z_grad), one.kernel.rng_key)
         return jax.lax.fori_loop(start, stop, lambda i, s: _record(method, s, step(s.kernel), i), one)
@@ -203,7 +206,7 @@ def _record(method: NUTS, state: _State, kernel: Any, i: Array) -> _State:
     }
     positions = jax.tree.map(lambda b, x: b.at[slot].set(x, mode="drop"), state.positions, kernel.z)
     stats = {k: b.at[slot].set(now[k], mode="drop") for k, b in state.stats.items()}
-    return _State(kernel, positions, stats, state.leapfrogs + kernel.num_steps, state.started)
+    return _State(kernel, positions, stats, state.leapfrogs + kernel.num_steps, state.started, state.key)
 
 
 def _draws(method: NUTS, state: _State, outcome: Outcome) -> Draws:

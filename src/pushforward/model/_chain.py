@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
@@ -207,8 +209,15 @@ def _around(structure: Structure, by_value: tuple, explored: dict, seen: dict) -
         observed = {n: observation(s) for n, s in sites.items() if n in seen["outer_families"]}
         factors = {n: _trace._log_prob(s) for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)}
         laws = {n: _law(s) for n, s in sites.items() if n in outer}
-        values = {n: s["value"] for n, s in sites.items() if s["type"] == "deterministic" or n in outer}
-        return kept | {"observed": observed, "factors": factors, "laws": laws, "values": values}
+        found = {n: s for n, s in sites.items() if s["type"] == "deterministic" or n in outer}
+        parts = {
+            "observed": observed,
+            "factors": factors,
+            "laws": laws,
+            "values": {n: s["value"] for n, s in found.items()},
+            "log_prior": {n: _trace._log_prob(s) for n, s in found.items() if n in outer},
+        }
+        return kept | parts
 
     return run
 
@@ -273,6 +282,8 @@ def _sort_observed(program: Program, seen: dict, initial: tuple, late: tuple) ->
         on_initial = any(s[0] == "outer" and s[1] in initial for s in sources)
         if "last" in groups or ("stacked" in groups and on_initial) or any(("outer", n) in sources for n in late):
             raise _not_local(name)
+        if "stacked" in groups and not is_local(program, name):
+            raise _not_local(name)
         (fused if "stacked" in groups else first if on_initial else static).append(name)
     factors = [
         n for n in program.shapes["factors"] if {s[0] for s in program.sources("factors", n)} & {"last", "stacked"}
@@ -286,6 +297,42 @@ def _sort_observed(program: Program, seen: dict, initial: tuple, late: tuple) ->
             "as an observed site in the body of the scan, or use method=pf.NUTS() on the joint density."
         )
     return tuple(first), tuple(fused), tuple(static)
+
+
+def is_local(program: Program, name: str) -> bool:
+    """Whether step t of a site observed after the scan depends on step t of what the scan returned alone.
+
+    Probed by derivatives at a random point: steps whose number has a given bit are moved, and those without it
+    must not follow. Any dependence of one step on another shows in some bit.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(s: jax.ShapeDtypeStruct) -> Array:
+        spread = rng.uniform(0.1, 0.9, s.shape) if jnp.issubdtype(s.dtype, jnp.floating) else np.ones(s.shape)
+        return jnp.asarray(spread, s.dtype)
+
+    point = jax.tree.map(fill, program.inputs)
+    length = jax.tree.leaves(point["stacked"])[0].shape[0]
+
+    def run(stacked: Any) -> list[Array]:
+        found = program(**(point | {"stacked": stacked}))["observed"][name]
+        return [found.mean, found.noise, found.log_prob]
+
+    if any(jnp.ndim(v) == 0 or v.shape[0] != length for v in jax.eval_shape(run, point["stacked"])):
+        return False
+
+    def follows(bit: int, flip: int) -> bool:
+        moved = ((np.arange(length) >> bit) & 1) != flip
+        floats, other = eqx.partition(point["stacked"], lambda v: jnp.issubdtype(v.dtype, jnp.floating))
+        blank = moved.astype(float)
+
+        def weigh(v: Array) -> Array:
+            return jnp.asarray(rng.normal(size=v.shape) * blank.reshape(-1, *[1] * (v.ndim - 1)), v.dtype)
+
+        _, tangents = jax.jvp(lambda f: run(eqx.combine(f, other)), (floats,), (jax.tree.map(weigh, floats),))
+        return any(bool(np.any(np.asarray(t)[~moved] != 0)) for t in tangents)
+
+    return not any(follows(bit, flip) for bit in range(max(1, (length - 1).bit_length())) for flip in (0, 1))
 
 
 def _not_local(name: str) -> ModelError:

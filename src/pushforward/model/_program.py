@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.tree_util import DictKey, SequenceKey
 
@@ -28,6 +29,7 @@ class Program:
         leaves, self._tree = jax.tree.flatten(inputs)
         self._names = [_head(path) for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
         self._inputs = [tuple(p) for p, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
+        self.inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), inputs)
         made: list[Any] = []
 
         def flat(*values: Array) -> list[Array]:

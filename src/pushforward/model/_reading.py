@@ -59,7 +59,7 @@ class Structure:
     """The static part of a problem, one object per model, argument shapes and contents.
 
     It is compared by identity: the cache returns the same object for equal content, so compiled
-    functions are found again.
+    functions are found again. With `keyed` the last array is a JAX key that the model draws from.
     """
 
     model: Model
@@ -70,6 +70,7 @@ class Structure:
     fixed: frozenset[str] = frozenset()
     passed_through: dict[str, int] | None = None
     remembered: dict[Any, Any] = field(default_factory=dict)
+    keyed: bool = False
 
     @property
     def dimension(self) -> int:

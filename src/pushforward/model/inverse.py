@@ -51,6 +51,10 @@ class InverseProblem(eqx.Module):
         """Whether the prior is exactly N(0, I) in ``z`` for every site."""
         return all(site.exact for site in self.sites.values())
 
+    def with_key(self, key: Key) -> "InverseProblem":
+        """The same problem with another key behind a stochastic likelihood; itself where it has none."""
+        return InverseProblem((*self.arrays[:-1], key), self.structure) if self.structure.keyed else self
+
     @property
     def _call(self) -> _trace.Call:
         return self.structure.call(self.arrays)

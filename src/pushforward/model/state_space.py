@@ -123,7 +123,7 @@ class Chain(eqx.Module):
     @classmethod
     def build(cls, arrays: tuple, outer: dict, structure: ChainStructure, joined: tuple[str, ...] = ()) -> "Chain":
         """The chain at given outer values."""
-        found = structure.around(arrays=arrays, outer=outer, **_nothing(structure))
+        found = structure.around(arrays=arrays, outer=outer, **nothing(structure))
         bound = {} if joined else {name: found[name] for name in ("consts", "xs")}
         return cls(arrays, outer, bound, structure, joined)
 
@@ -133,7 +133,7 @@ class Chain(eqx.Module):
             return self
         s, slots = self.structure, self.structure.joint.slots
         zeros = {n: jnp.zeros(slots[n].shape) for n in _outer(s)}
-        found = s.by_noise(arrays=self.arrays, outer=zeros | _cut(s, self.joined, noise), **_nothing(s))
+        found = s.by_noise(arrays=self.arrays, outer=zeros | _cut(s, self.joined, noise), **nothing(s))
         return Chain.build(self.arrays, self.outer | {n: found["values"][n] for n in self.joined}, s)
 
     @property
@@ -147,7 +147,7 @@ class Chain(eqx.Module):
         outer = self.at(initial[:k]).outer | _cut(s, s.initial, initial[k:])
         if late is not None:
             outer |= _cut(s, s.late, late)
-        scanned = _nothing(s) if returned is None else {"last": last, "stacked": returned}
+        scanned = nothing(s) if returned is None else {"last": last, "stacked": returned}
         return s.around(arrays=self.arrays, outer=outer, **scanned)
 
     def start(self, initial: Array) -> tuple[Array, list[Array], Observed]:
@@ -160,7 +160,7 @@ class Chain(eqx.Module):
     def static_log_likelihood(self) -> Array:
         """Log density of what is observed outside the scan and depends on parameters alone."""
         s = self.structure
-        found = s.around(arrays=self.arrays, outer=self.outer, **_nothing(s))
+        found = s.around(arrays=self.arrays, outer=self.outer, **nothing(s))
         parts = [jnp.sum(found["observed"][n].log_prob) for n in s.static]
         parts += [jnp.sum(v) for v in found["factors"].values()]
         return sum(parts, jnp.zeros(()))
@@ -208,7 +208,7 @@ def _size(s: ChainStructure, names: tuple[str, ...]) -> int:
     return sum(s.joint.slots[n].size for n in names)
 
 
-def _nothing(s: ChainStructure) -> dict[str, Any]:
+def nothing(s: ChainStructure) -> dict[str, Any]:
     """Zeros in the place of what the scan returns."""
     stacked = jax.tree.map(lambda v: jnp.zeros((s.length, *v.shape), v.dtype), s.body.shapes["returned"])
     return {"last": _zeros(s.carry, s.carry_tree), "stacked": stacked}

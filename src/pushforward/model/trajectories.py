@@ -15,7 +15,7 @@ class Sites(eqx.Module):
 
     Attributes:
         values: latent and deterministic sites; those of the scan have axes (draw, time, ...).
-        log_prior: log density of latent sites of the scan, element by element.
+        log_prior: log density of latent sites, element by element.
         log_likelihood: log density of observed sites, element by element.
     """
 
@@ -72,19 +72,20 @@ def posterior(
     found = jax.tree.map(
         lambda v: jnp.moveaxis(v, 0, 1), along(chain, riders, states, noise, jnp.arange(states.shape[0]))
     )
-    values, outside = around(chain, initial, found["returned"], last, late)
-    likelihood = found["log_likelihood"] | outside
-    return Sites(values | found["values"], found["log_prior"], likelihood)
+    outside = around(chain, initial, found["returned"], last, late)
+    parts = (outside[name] | found[name] for name in ("values", "log_prior", "log_likelihood"))
+    return Sites(*parts)
 
 
-def around(chain: Chain, initial: Array, returned: Any, last: tuple, late: Array) -> tuple[dict, dict]:
-    """Values of the sites outside the scan, and log densities of what is observed there, with a leading axis draw."""
+def around(chain: Chain, initial: Array, returned: Any, last: tuple, late: Array) -> dict[str, dict[str, Array]]:
+    """Values and log densities of the sites outside the scan, with a leading axis draw."""
     s = chain.structure
     state, riders = last
 
-    def one(z: Array, back: Any, x: Array, w: Array) -> tuple[dict, dict]:
+    def one(z: Array, back: Any, x: Array, w: Array) -> dict[str, dict[str, Array]]:
         carry = jax.tree.unflatten(s.carry_tree, join(s, x[chain.joined_size :], riders))
         found = chain.around(z, back, carry, w)
-        return found["values"], {n: found["observed"][n].log_prob for n in (*s.first, *s.static)}
+        likelihood = {n: found["observed"][n].log_prob for n in (*s.first, *s.static)}
+        return {"values": found["values"], "log_prior": found["log_prior"], "log_likelihood": likelihood}
 
     return jax.vmap(one)(initial, returned, state, late)
