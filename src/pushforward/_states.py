@@ -108,8 +108,7 @@ def run_alone(
     }
     pack = _moments if method.store == "moments" else one_chain
     groups |= {"filtering": pack(found.filtering), "one_step": pack(found.one_step)}
-    if method.store != "draws":
-        groups["last_carry"] = _carry(found)
+    groups["last_carry"] = one_chain(carry(found))
     summary = {"log_evidence": found.log_evidence} | found.summary
     result = Draws(
         positions=groups["posterior"],
@@ -175,22 +174,23 @@ def _given(
         else:
             found, prior = problem.evaluate(position), problem.log_prior(position)
         drawn = states.trajectories(space.chain(found.sites), key, 1, states.store)
-        first = jax.tree.map(lambda v: v[0], (drawn.posterior, drawn.log_prior, drawn.log_likelihood))
+        parts = (drawn.posterior, drawn.log_prior, drawn.log_likelihood, carry(drawn))
+        first = jax.tree.map(lambda v: v[0], parts)
         return {
             "posterior": found.sites | found.deterministics | first[0],
             "log_prior": first[1],
             "log_likelihood": first[2],
+            "last_carry": first[3],
             "sample_stats": {"lp": prior + found.total_log_likelihood},
         }
 
     return jax.lax.map(one, (positions, keys), batch_size=_BATCH)
 
 
-def _carry(found: StateDraws) -> dict[str, Array]:
-    """The carry after the last step, draws of its state and what rides along."""
+def carry(found: StateDraws) -> dict[str, Array]:
+    """The carry after the last step, from which `forecast` goes on: draws of its state and what rides along."""
     state, riders = found.last
-    riding = {f"rider_{i}": jnp.broadcast_to(r, (1, state.shape[0], *r.shape)) for i, r in enumerate(riders)}
-    return {"state": state[None]} | riding
+    return {"state": state} | {f"rider_{i}": r for i, r in enumerate(riders)}
 
 
 def limited(groups: dict[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ Centred, non-centred and observe-then-move bodies all have this form. Only S = H
 singular P and B B' (deterministic parts of the carry) are allowed. An entry of y that is NaN is missing: it drops out
 exactly, decided on the value, and gradients stay finite.
 
-The backward pass is the disturbance smoother of de Jong (1989, "Smoothing and interpolation with the state-space
-model", JASA 84) in the form of Durbin and Koopman (2012, "Time Series Analysis by State Space Methods", ch. 4); the
-draws are those of Durbin and Koopman (2002, "A simple and efficient simulation smoother", Biometrika 89).
+The backward pass is the disturbance smoother of de Jong (1989, JASA 84) and of Durbin and Koopman (2012, "Time Series
+Analysis by State Space Methods", ch. 4), the draws are those of Durbin and Koopman (2002, Biometrika 89).
 """
 
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 LOG_2PI = 1.8378770664093453
 SMALL = 6  # up to this many data the factorisation is unrolled into elementwise operations, which XLA fuses
-EVERYTHING = "ABbHDdR"  # leaves of a series of steps that have a leading axis of time: all
 BLOCK = 20  # larger ones go by blocks: beyond about this size OpenBLAS starts threads that spin
 
 
@@ -40,6 +38,21 @@ class Step(NamedTuple):
     D: Float[Array, "m q"]
     d: Float[Array, " m"]
     R: Float[Array, "m m"] | Float[Array, " m"]
+
+
+class Varying(NamedTuple):
+    """Says which leaves of a series of steps have a leading axis of time; the others hold for all times."""
+
+    A: bool = True
+    B: bool = True
+    b: bool = True
+    H: bool = True
+    D: bool = True
+    d: bool = True
+    R: bool = True
+
+
+CONSTANT = Varying(*(False,) * 7)
 
 
 class Record(NamedTuple):
@@ -93,7 +106,7 @@ class Smoothed(NamedTuple):
 
 
 def dense(R: Float[Array, "m m"] | Float[Array, " m"]) -> Float[Array, "m m"]:
-    """The covariance matrix from a matrix or variances."""
+    """The covariance matrix, from a matrix or variances."""
     return jnp.diag(R) if R.ndim == 1 else R
 
 
@@ -103,46 +116,38 @@ def symmetric(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def eliminate(joint: Float[Array, "k k"], m: int) -> Float[Array, "k m"]:
-    """The first m columns of the lower Cholesky factor of a matrix, of which only the leading m x m block must be PD.
+    """The first m columns of the lower Cholesky factor of a matrix whose leading m x m block is positive definite.
 
     With joint = [[S, C'], [C, V]] these are [F; C F^-T], F F' = S; then V - (C F^-T)(C F^-T)' is the Schur complement.
     """
-    size = 1 if m <= SMALL else BLOCK
-    columns = []
+    size, columns = 1 if m <= SMALL else BLOCK, []
     for start in range(0, m, size):
         stop = min(start + size, m)
         column = joint[start:, start:stop]
         for first, done in columns:
             rest = done[start - first :]
-            column = column - rest @ rest[: stop - start].T if size > 1 else column - rest * rest[0]
+            column = column - rest @ rest[: stop - start].T if size > 1 else column - rest * rest[:1]
         if size == 1:
-            column = column * lax.rsqrt(column[0])
+            column = column * lax.rsqrt(column[:1])
         else:
             factor = jnp.linalg.cholesky(column[: stop - start], symmetrize_input=False)
-            below = column[stop - start :]
-            below = lax.linalg.triangular_solve(factor, below, left_side=False, lower=True, transpose_a=True)
-            column = jnp.concatenate([factor, below])
+            column = jnp.concatenate([factor, solve_factor(factor, column[stop - start :].T, transposed=False).T])
         columns.append((start, column))
-    if not columns:
-        return joint[:, :0]
-    return jnp.concatenate([jnp.pad(column, ((start, 0), (0, 0))) for start, column in columns], axis=1)
+    padded = (jnp.pad(column, ((start, 0), (0, 0))) for start, column in columns)
+    return jnp.concatenate([joint[:, :0], *padded], axis=1)
 
 
 def solve_factor(factor: Float[Array, "m m"], right: Float[Array, "m k"], *, transposed: bool) -> Float[Array, "m k"]:
     """Solves F x = right, or F' x = right if `transposed`, for lower triangular F; unrolled if small."""
     m = factor.shape[0]
-    if m == 0:
-        return right
     if m > SMALL:
         # From the right, since rows lie one after the other: solve_triangular makes copies and takes up to 20 x longer.
         return lax.linalg.triangular_solve(factor, right.T, left_side=False, lower=True, transpose_a=not transposed).T
     rows: dict[int, Array] = {}
     for i in reversed(range(m)) if transposed else range(m):
-        value = right[i]
-        for j, row in rows.items():
-            value = value - (factor[j, i] if transposed else factor[i, j]) * row
-        rows[i] = value / factor[i, i]
-    return jnp.stack([rows[i] for i in range(m)])
+        known = sum((factor[j, i] if transposed else factor[i, j]) * row for j, row in rows.items())
+        rows[i] = (right[i] - known) / factor[i, i]
+    return jnp.stack([rows[i] for i in range(m)]) if m else right
 
 
 def masked(mean: Array, step: Step, y: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -150,11 +155,10 @@ def masked(mean: Array, step: Step, y: Array) -> tuple[Array, Array, Array, Arra
     missing = jnp.isnan(y)
     present = 1.0 - missing.astype(step.H.dtype)
     H, D = present[:, None] * step.H, present[:, None] * step.D
-    innovation = jnp.where(missing, 0.0, jnp.where(missing, 0.0, y) - step.d - step.H @ mean)
+    innovation = jnp.where(missing, 0.0, y - step.d - step.H @ mean)
     if step.R.ndim == 1:
         return H, D, jnp.where(missing, 1.0, step.R), innovation, present
-    R = present[:, None] * step.R * present + jnp.diag(1.0 - present)
-    return H, D, R, innovation, present
+    return H, D, present[:, None] * step.R * present[None] + jnp.diag(1.0 - present), innovation, present
 
 
 def _log_density(diagonal: Array, white: Array, present: Array) -> Array:
@@ -187,8 +191,7 @@ def update(mean: Float[Array, " n"], cov: Float[Array, "n n"], step: Step, y: Fl
     if joint.dtype == jnp.float64:
         after = joint[m:, m:] - below @ below.T
     else:
-        weighted = gain * R if R.ndim == 1 else gain @ R
-        after = (L @ cov) @ L.T + J @ J.T + weighted @ gain.T
+        after = (L @ cov) @ L.T + J @ J.T + (gain * R[None] if R.ndim == 1 else gain @ R) @ gain.T
     predicted = step.A @ mean + step.b
     return Updated(
         predicted + below @ white[:, 0],
@@ -222,13 +225,12 @@ def update_root(
     H, D, R, innovation, present = masked(mean, step, y)
     rows = jnp.concatenate([H @ root, D, noise_root(R)], axis=1)
     below = jnp.concatenate([step.A @ root, step.B, jnp.zeros((size, m), rows.dtype)], axis=1)
-    array = jnp.concatenate([rows, below])
-    triangle = jnp.linalg.qr(array.T, mode="r").T if array.shape[0] else array
+    triangle = jnp.linalg.qr(jnp.concatenate([rows, below]).T, mode="r").T
     triangle = jnp.pad(triangle, ((0, 0), (0, m + size - triangle.shape[1])))
-    triangle = triangle * jnp.where(jnp.diagonal(triangle) < 0, -1.0, 1.0)
+    triangle = triangle * jnp.where(jnp.diagonal(triangle) < 0, -1.0, 1.0)[None]
     factor = triangle[:m, :m]
-    white = solve_factor(factor, innovation[:, None], transposed=False)
-    mean = step.A @ mean + step.b + triangle[m:, :m] @ white[:, 0]
+    white = solve_factor(factor, innovation[:, None], transposed=False)[:, 0]
+    mean = step.A @ mean + step.b + triangle[m:, :m] @ white
     return mean, triangle[m:, m:], _log_density(jnp.diagonal(factor), white, present)
 
 
@@ -239,9 +241,9 @@ def noise_root(R: Float[Array, "... m m"] | Float[Array, " m"]) -> Float[Array, 
     return jnp.diag(jnp.where(R > 0, jnp.sqrt(jnp.where(R > 0, R, 1.0)), 0.0))
 
 
-def scanned(steps: Step, varying: str) -> Step:
+def scanned(steps: Step, varying: Varying) -> Step:
     """The part of a series that `lax.scan` slices; None stands for what holds at all times."""
-    return Step(**{name: leaf if name in varying else None for name, leaf in steps._asdict().items()})
+    return Step._make(leaf if varies else None for leaf, varies in zip(steps, varying, strict=True))
 
 
 def merged(steps: Step, slices: Step) -> Step:
@@ -255,7 +257,7 @@ def filter_series(
     steps: Step,
     ys: Float[Array, "time m"],
     *,
-    varying: str = EVERYTHING,
+    varying: Varying = Varying(),
 ) -> Filtered:
     """Filters a series by `update`, from the mean and covariance of c_0.
 
@@ -264,12 +266,11 @@ def filter_series(
         cov: its covariance, shape (n, n).
         steps: the steps; leaves that vary have a leading axis of time.
         ys: data, shape (time, m), NaN where missing.
-        varying: names of the leaves of `steps` that vary with time, such as "bd"; the others are not stacked.
+        varying: which leaves of `steps` vary with time. Constant ones are not stacked.
     """
 
     def move(carry, slices):
-        (mean, cov), (part, y) = carry, slices
-        after = update(mean, cov, merged(steps, part), y)
+        after = update(carry[0], carry[1], merged(steps, slices[0]), slices[1])
         return (after.mean, after.cov), (after.log_likelihood, after.mean, after.cov, after.record)
 
     _, (terms, means, covs, records) = lax.scan(move, (mean, cov), (scanned(steps, varying), ys))
@@ -289,9 +290,6 @@ def smooth_step(
         record: of the step, from `update`.
         r: score of the carry after the step, shape (next,); zero after the last step.
         N: its variance, shape (next, next); zero after the last step.
-
-    Returns:
-        r and N of the carry before the step, and the moments of carry and noise.
     """
     n, q = record.L.shape[1], record.J.shape[1]
     maps = jnp.concatenate([record.H, record.D], axis=1)
@@ -301,19 +299,15 @@ def smooth_step(
     information = symmetric(white.T @ white + errors.T @ N @ errors)
     before, across = information[:n, :n], information[:n, n:]
     A, B = record.L + record.gain @ record.H, record.J + record.gain @ record.D
-    carry_cov = symmetric(record.cov - record.cov @ before @ record.cov)
-    cross = -record.cov @ across
-    noise_cov = jnp.eye(q, dtype=before.dtype) - information[n:, n:]
-    moments = Smoothed(
-        record.mean + record.cov @ score[:n], carry_cov, score[n:], noise_cov, cross, carry_cov @ A.T + cross @ B.T
-    )
-    return score[:n], before, moments
+    mean, cov = record.mean + record.cov @ score[:n], symmetric(record.cov - record.cov @ before @ record.cov)
+    cross, noise_cov = -record.cov @ across, jnp.eye(q, dtype=before.dtype) - information[n:, n:]
+    return score[:n], before, Smoothed(mean, cov, score[n:], noise_cov, cross, cov @ A.T + cross @ B.T)
 
 
 def smooth_mean_step(
     record: Record, r: Float[Array, " next"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " q"]]:
-    """`smooth_step` for means only: r before the step, smoothed mean of the carry and of the noise."""
+    """`smooth_step` for means only: r before the step, smoothed means of carry and noise."""
     before = record.H.T @ record.score + record.L.T @ r
     return before, record.mean + record.cov @ before, record.D.T @ record.score + record.J.T @ r
 
@@ -345,7 +339,7 @@ def sample_noise(
 
     Args:
         initial: record of the initial step.
-        records: records of the series, with a leading axis of time.
+        records: stacked records of the series.
         roots: roots of R of the initial step, (m0, m0), and of the series, (time, m, m) or (m, m).
         key: a JAX key.
         draws: number of draws.
@@ -354,10 +348,8 @@ def sample_noise(
     (length, _, q), m = records.J.shape, records.H.shape[1]
     q0, m0 = initial.J.shape[1], initial.H.shape[0]
     keys = jax.random.split(key, 4)
-    z, v0, e, v = (
-        jax.random.normal(k, (*shape, draws), dtype)
-        for k, shape in zip(keys, ((q0,), (m0,), (length, q), (length, m)), strict=True)
-    )
+    shapes = (q0,), (m0,), (length, q), (length, m)
+    z, v0, e, v = (jax.random.normal(k, (*s, draws), dtype) for k, s in zip(keys, shapes, strict=True))
     v0, v = roots[0] @ v0, roots[1] @ v
 
     def forward(errors, slices):
@@ -387,7 +379,7 @@ def simulation_smoother(
     key: PRNGKeyArray,
     draws: int,
     *,
-    varying: str = EVERYTHING,
+    varying: Varying = Varying(),
 ) -> tuple[Float[Array, "draws q0"], Float[Array, "draws time q"]]:
     """Exact joint draws of the noises z_0, e_1..e_T given all data, by one filter pass that all draws share.
 
@@ -398,10 +390,9 @@ def simulation_smoother(
         y0: data of the initial step, shape (m0,), often (0,).
         key: a JAX key.
         draws: number of draws.
-        varying: names of the leaves of `steps` that vary with time.
+        varying: which leaves of `steps` vary with time.
     """
-    nothing = jnp.zeros((0,), initial.B.dtype)
-    first = update(nothing, nothing[:, None] * nothing, initial, y0)
+    first = update(jnp.zeros(0, ys.dtype), jnp.zeros((0, 0), ys.dtype), initial, y0)
     records = filter_series(first.mean, first.cov, steps, ys, varying=varying).records
-    root = jax.vmap(noise_root)(steps.R) if "R" in varying else noise_root(steps.R)
+    root = jax.vmap(noise_root)(steps.R) if varying.R else noise_root(steps.R)
     return sample_noise(first.record, records, (noise_root(initial.R), root), key, draws)

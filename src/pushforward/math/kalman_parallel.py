@@ -16,11 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pushforward.math.kalman import (
-    EVERYTHING,
     Filtered,
     Record,
     Smoothed,
     Step,
+    Varying,
     dense,
     eliminate,
     masked,
@@ -93,7 +93,7 @@ def filter_series_parallel(
     steps: Step,
     ys: Float[Array, "time m"],
     *,
-    varying: str = EVERYTHING,
+    varying: Varying = Varying(),
 ) -> Filtered:
     """`kalman.filter_series` by an associative scan; the same result, records included.
 
@@ -102,7 +102,7 @@ def filter_series_parallel(
         cov: its covariance, shape (n, n).
         steps: the steps; leaves that vary have a leading axis of time; D D' + R must be positive definite.
         ys: data, shape (time, m), NaN where missing.
-        varying: names of the leaves of `steps` that vary with time.
+        varying: which leaves of `steps` vary with time.
     """
     part = scanned(steps, varying)
     zeros = jnp.zeros_like(cov)

@@ -74,7 +74,7 @@ def filter_constant(
     noise = (noises @ noises.T).at[:m, :m].add(dense(step.R))
     system = _System(jnp.concatenate([step.H, step.A]), symmetric(noise))
     missing = jnp.isnan(ys)
-    residual = jnp.where(missing, 0.0, jnp.where(missing, 0.0, ys) - step.d)
+    residual = jnp.where(missing, 0.0, ys - jnp.broadcast_to(step.d, ys.shape))
     inputs = _Input(residual, 1.0 - missing.astype(ys.dtype), jnp.broadcast_to(step.b, (length, n)))
     head = length % CHUNK if length >= 2 * CHUNK and n else length
     (mean, cov), (log_likelihood, means) = _full(system, (mean, cov), jax.tree.map(lambda x: x[:head], inputs))
@@ -101,7 +101,7 @@ def _gain(system: _System, cov: Array, present: Array | None) -> tuple[Array, Ar
     joint = (system.maps @ cov) @ system.maps.T + system.noise
     if present is not None:
         kept = jnp.concatenate([present, jnp.ones(n, present.dtype)])
-        joint = joint * (kept[:, None] * kept) + jnp.diag(1.0 - kept)
+        joint = joint * (kept[:, None] * kept[None]) + jnp.diag(1.0 - kept)
     columns = eliminate(joint, m)
     below = columns[m:]
     return columns[:m], below, symmetric(joint[m:, m:] - below @ below.T)
@@ -160,7 +160,7 @@ def _steady(system: _System, mean: Array, cov: Array, inputs: _Input, start: Arr
     H, A = system.maps[:m], system.maps[m:]
     later = jnp.arange(length)[:, None] >= start
     # The mean reached by the full recursion enters as the input of the last time before the switch.
-    entry = jnp.where(jnp.arange(length)[:, None] == start - 1, mean, 0.0)
+    entry = jnp.where(jnp.arange(length)[:, None] == start - 1, mean[None], 0.0)
     pushed = jnp.where(later, inputs.y @ gain.T + inputs.b, entry)
     L = A - gain @ H
 

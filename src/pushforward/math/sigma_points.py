@@ -124,9 +124,10 @@ def linearise(
     size = carries.shape[1]
     out = jnp.concatenate([carries, outputs], axis=1)
     # Differences from one node first: the mean weights may be large and of both signs.
-    centre = out[0] + weights @ (out - out[0])
-    slopes = (out - centre).T @ (cov_weights[:, None] * nodes)
-    residual = out - centre - nodes @ slopes.T
+    centre = out[0] + weights @ (out - out[:1])
+    residual = out - centre[None]
+    slopes = residual.T @ (cov_weights[:, None] * nodes)
+    residual = residual - nodes @ slopes.T
     maps = slopes[:, :r] @ jnp.linalg.pinv(root) if mean.shape[0] and r else jnp.zeros((out.shape[1], mean.shape[0]))
     unseen = slopes[:, :r] - maps @ root
     noises = jnp.concatenate([slopes[:, r:], residual.T @ residual_root, unseen], axis=1)

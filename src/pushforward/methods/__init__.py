@@ -1,5 +1,6 @@
 """INFER: one file per method, one class per file."""
 
+from pushforward.methods.enkf import EnKF
 from pushforward.methods.gaussian_vi import GaussianVI
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.laplace import Laplace
@@ -16,5 +17,6 @@ NAMES = {
     "gaussian_vi": GaussianVI,
     "pathfinder": Pathfinder,
     "kalman": Kalman,
+    "enkf": EnKF,
 }
 """Names that stand for a method with its defaults."""

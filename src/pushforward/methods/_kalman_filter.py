@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pushforward._types import Array, Key
 from pushforward.math import kalman
 from pushforward.math.kalman import Filtered, Record, Step, Updated, Varying
-from pushforward.methods._linearization import Linearization, _noise_size
+from pushforward.methods._linearization import Linearization
 from pushforward.model.linear import first_at, step_at
 from pushforward.model.state_space import Chain
 
@@ -34,16 +34,10 @@ def begin(chain: Chain, size: int) -> tuple[Updated, Array, list[Array]]:
     return kalman.update(jnp.zeros(0), jnp.zeros((0, 0)), step, observed.data), step.R, riders
 
 
-def initial_size(chain: Chain) -> int:
-    """Length of the noise z_0."""
-    slots = chain.structure.joint.slots
-    return sum(slots[n].size for n in (*chain.joined, *chain.structure.initial))
-
-
 def linear_series(chain: Chain, constant: bool, offsets_constant: bool) -> Series | None:
     """A linear chain as matrices: one set where they do not depend on time. None where stacking them is too much."""
-    first, noise, riders = begin(chain, initial_size(chain))
-    n, q, length = first.mean.shape[0], _noise_size(chain), chain.structure.length
+    first, noise, riders = begin(chain, chain.initial_dimension)
+    n, q, length = first.mean.shape[0], chain.noise_dimension, chain.structure.length
     state, still = jnp.zeros(n), jnp.zeros(q)
 
     def move(riding: list[Array], t: Array) -> tuple[list[Array], list[Array]]:
@@ -82,8 +76,8 @@ class Followed(NamedTuple):
 
 def follow(chain: Chain, linearization: Linearization, growth: float) -> Followed:
     """Linearise and update in one loop; `growth` multiplies the covariance before each step."""
-    first, noise, riders = begin(chain, initial_size(chain))
-    still = jnp.zeros(_noise_size(chain))
+    first, noise, riders = begin(chain, chain.initial_dimension)
+    still = jnp.zeros(chain.noise_dimension)
 
     def move(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         mean, cov, riding = carry
@@ -189,3 +183,8 @@ def joint_moments(record: Record) -> tuple[tuple[Array, Array], tuple[Array, Arr
     white = kalman.solve_factor(record.factor, maps @ cov, transposed=False)
     score = cov @ (maps.T @ record.score)
     return (mean + score, cov - white.T @ white), (mean, cov)
+
+
+def each(riders: list[Array], draws: int) -> list[Array]:
+    """What rides along, repeated for each draw."""
+    return [jnp.broadcast_to(r, (draws, *r.shape)) for r in riders]

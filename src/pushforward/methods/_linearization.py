@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pushforward._errors import MethodError
 from pushforward._types import Array
 from pushforward.math import kalman, sigma_points
 from pushforward.math.kalman import Step
@@ -45,7 +46,7 @@ class Exact(Linearization):
 
     def step(self, chain: Chain, mean: Array, cov: Array, riders: list[Array], step: Array, data: Array) -> Step:
         """See `Linearization.step`."""
-        return step_at(chain, mean, riders, step, jnp.zeros(_noise_size(chain)))
+        return step_at(chain, mean, riders, step, jnp.zeros(chain.noise_dimension))
 
     def why_not(self, space: StateSpace) -> str | None:
         """Refuses what is not linear or not Gaussian."""
@@ -64,7 +65,7 @@ class Extended(Linearization):
 
     def step(self, chain: Chain, mean: Array, cov: Array, riders: list[Array], step: Array, data: Array) -> Step:
         """See `Linearization.step`."""
-        return step_at(chain, mean, riders, step, jnp.zeros(_noise_size(chain)))
+        return step_at(chain, mean, riders, step, jnp.zeros(chain.noise_dimension))
 
 
 class Iterated(Linearization):
@@ -86,7 +87,7 @@ class Iterated(Linearization):
             record = kalman.update(mean, cov, step_at(chain, point[0], riders, step, point[1]), data).record
             return mean + cov @ (record.H.T @ record.score), record.D.T @ record.score
 
-        start = (mean, jnp.zeros(_noise_size(chain), mean.dtype))
+        start = (mean, jnp.zeros(chain.noise_dimension, mean.dtype))
         point = jax.lax.fori_loop(0, self.iterations - 1, improve, start)
         return step_at(chain, point[0], riders, step, point[1])
 
@@ -106,10 +107,14 @@ class Unscented(Linearization):
 
     def __check_init__(self):
         check_positive("Unscented", alpha=self.alpha)
+        for name in ("beta", "kappa"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise MethodError(f"Unscented({name}=...) takes a number of at least 0; got {value!r}.")
 
     def step(self, chain: Chain, mean: Array, cov: Array, riders: list[Array], step: Array, data: Array) -> Step:
         """See `Linearization.step`."""
-        size = mean.shape[0] + _noise_size(chain)
+        size = mean.shape[0] + chain.noise_dimension
         points = sigma_points.unscented(size, alpha=self.alpha, beta=self.beta, kappa=self.kappa)
         return _regressed(chain, mean, cov, riders, step, points)
 
@@ -119,16 +124,11 @@ class Cubature(Linearization):
 
     def step(self, chain: Chain, mean: Array, cov: Array, riders: list[Array], step: Array, data: Array) -> Step:
         """See `Linearization.step`."""
-        points = sigma_points.cubature(mean.shape[0] + _noise_size(chain))
+        points = sigma_points.cubature(mean.shape[0] + chain.noise_dimension)
         return _regressed(chain, mean, cov, riders, step, points)
 
 
 NAMES = {"exact": Exact, "extended": Extended, "iterated": Iterated, "unscented": Unscented, "cubature": Cubature}
-
-
-def _noise_size(chain: Chain) -> int:
-    slots = chain.structure.joint.slots
-    return sum(slots[n].size // (slots[n].steps or 1) for n in chain.structure.latent)
 
 
 def _regressed(
@@ -140,7 +140,7 @@ def _regressed(
         moved = chain.step(state, riders, step, noise)
         return moved.state, moved.observed.mean
 
-    noise = chain.step(mean, riders, step, jnp.zeros(_noise_size(chain), mean.dtype)).observed.noise
+    noise = chain.step(mean, riders, step, jnp.zeros(chain.noise_dimension, mean.dtype)).observed.noise
     return sigma_points.linearise(run, mean, root(cov), points)._replace(R=noise)
 
 

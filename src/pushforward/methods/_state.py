@@ -25,7 +25,7 @@ class StateDraws(eqx.Module):
         one_step: the same of p(x_t given y_1..t-1).
         log_prior: log density of latent sites, per draw; empty where not known.
         log_likelihood: log density of the observed sites, per draw; empty where not known.
-        last: the carry after the last step, draws of its state (draw, n) and what rides along.
+        last: the carry after the last step, draws of its state (draw, n) and what rides along (draw, ...).
         log_evidence: log p(data given parameters), exact or estimated.
         summary: numbers about the run.
     """

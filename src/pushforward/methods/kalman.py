@@ -16,12 +16,12 @@ from pushforward.methods._kalman_filter import (
     Followed,
     begin,
     draw,
+    each,
     follow,
-    initial_size,
     joint_moments,
     linear_series,
 )
-from pushforward.methods._linearization import Exact, Linearization, _noise_size, root
+from pushforward.methods._linearization import Exact, Linearization, root
 from pushforward.methods._state import STORES, StateDraws, StateMethod
 from pushforward.model import trajectories
 from pushforward.model.linear import Facts, facts
@@ -174,7 +174,7 @@ class Kalman(StateMethod):
         last_mean = found.filtered.means[-1]
         roots = (kalman.noise_root(found.first_noise), jax.vmap(kalman.noise_root)(found.noise))
         drawn = draw(found.first, found.filtered.records, last_mean, roots, key, draws, self._growth)
-        return _package(chain, found, _own_noise(drawn, _noise_size(chain)), key, draws)
+        return _package(chain, found, _own_noise(drawn, chain.noise_dimension), key, draws)
 
 
 def _facts(chain: Chain) -> Facts:
@@ -184,8 +184,8 @@ def _facts(chain: Chain) -> Facts:
 def _last_riders(chain: Chain, riders: list[Array]) -> list[Array]:
     """What rides along after the last step."""
     last = chain.structure.length - 1
-    state = jnp.zeros(jax.eval_shape(lambda: chain.start(jnp.zeros(initial_size(chain)))[0]).shape)
-    return chain.step(state, [r[last] for r in riders], jnp.asarray(last), jnp.zeros(_noise_size(chain))).riders
+    state = jnp.zeros(jax.eval_shape(lambda: chain.start(jnp.zeros(chain.initial_dimension))[0]).shape)
+    return chain.step(state, [r[last] for r in riders], jnp.asarray(last), jnp.zeros(chain.noise_dimension)).riders
 
 
 def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
@@ -196,9 +196,9 @@ def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
 
 
 def _package(chain: Chain, found: Followed, drawn: AllDraws, key: Key, draws: int) -> StateDraws:
-    late = jax.random.normal(jax.random.fold_in(key, 2), (draws, _late_size(chain)))
+    late = jax.random.normal(jax.random.fold_in(key, 2), (draws, chain.late_dimension))
     smooth = drawn.smoothing
-    last = (smooth.last, found.last_riders)
+    last = (smooth.last, each(found.last_riders, draws))
     sites = trajectories.posterior(chain, found.riders, smooth.initial, smooth.states, smooth.noise, last, late)
     times = jnp.arange(chain.structure.length)
 
@@ -219,14 +219,10 @@ def _package(chain: Chain, found: Followed, drawn: AllDraws, key: Key, draws: in
     )
 
 
-def _late_size(chain: Chain) -> int:
-    return sum(chain.structure.joint.slots[n].size for n in chain.structure.late)
-
-
 def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, store: str) -> StateDraws:
     """Filter in memory that does not grow with T x n x n: moments of sites in time, draws of the last step."""
-    first, _, riders = begin(chain, initial_size(chain))
-    q = _noise_size(chain)
+    first, _, riders = begin(chain, chain.initial_dimension)
+    q = chain.noise_dimension
     still, growth = jnp.zeros(q), method._growth
 
     def sites_at(joint: Array, riding: list[Array], t: Array) -> dict[str, Array]:
@@ -271,4 +267,4 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
         values = {k: v for k, v in values.items() if k in final.sites or k in chain.joined}
     swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in (filtering, one_step)]
     evidence = total + chain.static_log_likelihood()
-    return StateDraws(values, *swapped, {}, {}, (final.state, last_riders), evidence, {})
+    return StateDraws(values, *swapped, {}, {}, (final.state, each(last_riders, draws)), evidence, {})

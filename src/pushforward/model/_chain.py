@@ -21,6 +21,7 @@ from pushforward.model import _scan_trace, _trace
 from pushforward.model._observed import family, observation
 from pushforward.model._program import Program
 from pushforward.model._reading import Structure
+from pushforward.model._refusals import check_law, check_unscaled
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class ChainStructure:
         late: outer latent sites whose law follows from the trajectory.
         latent: latent sites of a step.
         state: indices of the carry's random leaves; the others (counters, known values) ride along.
+        discrete: indices of random leaves that are not floating, such as a regime chosen by the state.
         families: per observed site that filters assimilate, its family and name.
         first: observed sites outside the scan that depend on the initial state.
         fused: observed sites after the scan, local in time.
@@ -60,6 +62,7 @@ class ChainStructure:
     late: tuple[str, ...]
     latent: tuple[str, ...]
     state: tuple[int, ...]
+    discrete: tuple[int, ...]
     families: dict[str, tuple[str, str | None]]
     first: tuple[str, ...]
     fused: tuple[str, ...]
@@ -106,10 +109,13 @@ def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
     forced = seen["parameters"]
     initial = tuple(n for n in initial if n not in forced)
     parameters = tuple(n for n in outer if n not in initial and n not in late)
+    for name in (*initial, *late):
+        check_unscaled(seen["outer_sites"][name])
     program = around(parameters)
     body = seen["body"]
     first, fused, static = _sort_observed(program, seen, initial, late)
-    state = _random_leaves(program, body, initial, len(explored["carry"]))
+    random = _random_leaves(program, body, initial, len(explored["carry"]))
+    floating = [jnp.issubdtype(c.dtype, jnp.floating) for c in explored["carry"]]
     families = seen["families"] | {n: seen["outer_families"][n] for n in (*first, *fused)}
     sites = structure.sites
     return ChainStructure(
@@ -124,7 +130,8 @@ def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
         initial=initial,
         late=late,
         latent=inner,
-        state=state,
+        state=tuple(i for i in random if floating[i]),
+        discrete=tuple(i for i in random if not floating[i]),
         families=families,
         first=first,
         fused=fused,
@@ -208,6 +215,9 @@ def _around(structure: Structure, by_value: tuple, explored: dict, seen: dict) -
         seen["parameters"] = {n for n, s in sites.items() if s.get("infer", {}).get("state") is False}
         observed = {n: observation(s) for n, s in sites.items() if n in seen["outer_families"]}
         factors = {n: _trace._log_prob(s) for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)}
+        for name in (*outer, *observed):
+            check_law(sites[name])
+        seen["outer_sites"] = {n: {"name": n, "scale": sites[n]["scale"]} for n in outer}
         laws = {n: _law(s) for n, s in sites.items() if n in outer}
         found = {n: s for n, s in sites.items() if s["type"] == "deterministic" or n in outer}
         parts = {
@@ -249,6 +259,7 @@ def _body(
         if seen is not None:
             seen["families"] = {n: family(s) for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
             seen["factors"] = [n for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)]
+            _check_step(structure, sites, frozenset(slots))
         kinds = {n: s["type"] for n, s in sites.items()}
         drawn = {n: s for n, s in sites.items() if n in slots}
         data = {n: s for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
@@ -262,6 +273,22 @@ def _body(
         }
 
     return Program.closing(run, consts, carry=carry, x=x, step=jnp.asarray(0), noise=noise)
+
+
+def _check_step(structure: Structure, sites: dict, latent: frozenset[str]) -> None:
+    """Raise where a site of a step has a law that filters cannot use."""
+    for name, site in sites.items():
+        if site["type"] != "sample" or _is_factor(site):
+            continue
+        check_law(site)
+        if name in latent:
+            check_unscaled(site)
+        elif name in structure.fixed:
+            raise ModelError(
+                f"site '{name}' of the scan has its value from handlers.substitute, which does not say whether it is "
+                f"data. Give data by obs= or handlers.condition(model, {{'{name}': ...}}), and a known value by "
+                "numpyro.deterministic."
+            )
 
 
 def _reaches(program: Program, name: str, through: tuple[str, ...], never: tuple[str, ...]) -> bool:
@@ -349,8 +376,7 @@ def _not_local(name: str) -> ModelError:
 
 
 def _random_leaves(program: Program, body: Program, initial: tuple[str, ...], count: int) -> tuple[int, ...]:
-    """Floating leaves of the carry that depend on the initial state or on noise, by a fixed point of the data flow."""
-    shapes = body.shapes["carry"]
+    """Leaves of the carry that depend on the initial state or on noise, by a fixed point of the data flow."""
     random = {i for i in range(count) if any(("outer", n) in program.sources("init", i) for n in initial)}
     sources = {i: body.sources("carry", i) for i in range(count)}
     while True:
@@ -358,5 +384,5 @@ def _random_leaves(program: Program, body: Program, initial: tuple[str, ...], co
             i for i, s in sources.items() if any(k[0] == "noise" or (k[0] == "carry" and k[1] in random) for k in s)
         }
         if more <= random:
-            return tuple(sorted(i for i in random if jnp.issubdtype(shapes[i].dtype, jnp.floating)))
+            return tuple(sorted(random))
         random |= more

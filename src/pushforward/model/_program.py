@@ -47,7 +47,7 @@ class Program:
         program = cls(fn, **inputs)
         consts.extend(program._closed.consts)
         jaxpr = program._closed.jaxpr
-        opened = jex.Jaxpr((), [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects)
+        opened = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
         program._closed = jex.ClosedJaxpr(opened, ())
         paths = [(DictKey("consts"), SequenceKey(i)) for i in range(len(jaxpr.constvars))]
         program._inputs = [*paths, *program._inputs]
@@ -67,6 +67,11 @@ class Program:
         return jax.tree.unflatten(
             self._out_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._closed.out_avals]
         )
+
+    def same(self, output: tuple, other: tuple) -> bool:
+        """Whether two outputs are one and the same value."""
+        paths = [_keys(path) for path in self._outputs]
+        return self._closed.jaxpr.outvars[paths.index(output)] is self._closed.jaxpr.outvars[paths.index(other)]
 
     def sources(self, *output: str | int) -> set[tuple]:
         """Which inputs an output depends on, by data flow, as tuples (name, key, ...).

@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
 from pushforward._errors import DataError, ModelError
+from pushforward.model._laws import innermost, outside_domain
 
 
 def refuse(msg: dict) -> None:
@@ -33,6 +35,31 @@ def refuse(msg: dict) -> None:
         )
     if kind == "sample" and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit):
         _check_array(name, value)
+    if kind == "control_flow" and len(msg["args"]) == 5:
+        _check_lengths(*msg["args"][2:4])
+
+
+def _check_lengths(xs: Any, length: Any) -> None:
+    """Raise where a scan does not know its number of steps, or knows two."""
+    leaves = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_flatten_with_path(xs)[0]}
+    if not leaves and length is None:
+        raise ModelError(
+            "the scan has neither xs nor length, so its number of steps is unknown. Write scan(step, x0, ys), or "
+            "scan(step, x0, None, length=steps)."
+        )
+    single = next((path for path, shape in leaves.items() if not shape), None)
+    if single is not None:
+        raise ModelError(
+            f"xs{single} of the scan is a single number, where an axis of time is needed. Close over it in the body, "
+            "or repeat it for each step."
+        )
+    if len({shape[0] for shape in leaves.values()} | ({length} - {None})) > 1:
+        given = ", ".join(f"xs{path} has {shape[0]}" for path, shape in leaves.items())
+        given += "" if length is None else f", length is {length}"
+        raise ModelError(
+            f"the scan is given different numbers of steps: {given}. Pass data and covariates of one length (NaN for "
+            "data that are missing), and leave length out where there are xs."
+        )
 
 
 def _check_array(name: Any, value: Any) -> None:
@@ -66,6 +93,33 @@ def check_latent(site: dict) -> None:
         raise ModelError(
             f"latent site '{name}' stands under numpyro.handlers.mask, which drops its prior where the "
             "mask is False and so leaves it improper. Put the mask around the observed sites only."
+        )
+
+
+def check_unscaled(site: dict) -> None:
+    """Raise where a latent site that is integrated out has a scaled density."""
+    if site["scale"] is not None:
+        raise ModelError(
+            f"latent site '{site['name']}' stands under handlers.scale, which leaves it a density that nothing can be "
+            "drawn from. Put the scale around observed sites only, or use method=pf.NUTS() on the joint density."
+        )
+
+
+def check_law(site: dict) -> None:
+    """Raise where a parameter of a site's law is known and not usable."""
+    name, law, what = site["name"], innermost(site["fn"]), "noise" if site["is_observed"] else "law"
+    bad = outside_domain(law)
+    for parameter in law.arg_constraints:
+        value = vars(law).get(parameter)
+        if value is None or isinstance(value, jax.core.Tracer):
+            continue
+        array = np.asarray(value)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad.append((parameter, float(array[~np.isfinite(array)].flat[0])))
+    if bad:
+        raise (DataError if site["is_observed"] else ModelError)(
+            f"the {what} of site '{name}' ({type(law).__name__}) is not usable: its {bad[0][0]} is {bad[0][1]:.6g}, "
+            "where a finite value inside its domain is needed."
         )
 
 

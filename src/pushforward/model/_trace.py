@@ -337,6 +337,15 @@ def _sample_like(site: dict, key: Array) -> Array:
     return law.sample(key)
 
 
+def conditioned(model: Callable) -> Callable[[dict, tuple, dict], Any]:
+    """The model as a function of data for its sites (NaN = missing), and of its own arguments."""
+
+    def run(data: dict[str, Array], args: tuple, kwargs: dict) -> Any:
+        return handlers.condition(model, data=data)(*args, **kwargs)
+
+    return run
+
+
 def potential(call: Call, position: Mapping[str, Array]) -> Array:
     """NumPyro's own potential energy in its unconstrained coordinates, missing data dropped."""
     return potential_energy(_Prepared(call), (), {}, position)

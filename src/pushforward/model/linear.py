@@ -47,6 +47,11 @@ def why_no_gaussian_noise(space: StateSpace, *, matching: bool) -> str | None:
             f"latent site '{s.inexact[0]}' ({s.joint.sites[s.inexact[0]].distribution}) has no exact map from Gaussian "
             "noise; use pf.NUTS() on the joint density"
         )
+    if s.discrete:
+        return (
+            f"leaf {s.discrete[0]} of the carry is an integer that depends on the state, which has no Gaussian law; use "
+            "pf.ParticleFilter()"
+        )
     for name, (kind, what) in s.families.items():
         if kind == "other":
             return f"observed site '{name}' {what}; use pf.NUTS() on the joint density"
@@ -81,6 +86,8 @@ def facts(space: StateSpace) -> Facts:
 
 def _facts(space: StateSpace) -> Facts:
     s = space.structure
+    if s.discrete:
+        return Facts(f"leaf {s.discrete[0]} of the carry is discrete and depends on the state", False, False)
     for name in (*s.initial, *s.latent):
         kind = s.joint.sites[name].distribution
         if kind not in NORMAL:

@@ -141,6 +141,21 @@ class Chain(eqx.Module):
         """Length of the noise of the parameters in the state, which comes first in it."""
         return _size(self.structure, self.joined)
 
+    @property
+    def initial_dimension(self) -> int:
+        """Length of the noise z_0."""
+        return self.joined_size + _size(self.structure, self.structure.initial)
+
+    @property
+    def noise_dimension(self) -> int:
+        """Length q of the noise of one step."""
+        return sum(math.prod(self.structure.joint.slots[n].noise_shape) for n in self.structure.latent)
+
+    @property
+    def late_dimension(self) -> int:
+        """Length of the noise of latent sites after the scan."""
+        return _size(self.structure, self.structure.late)
+
     def around(self, initial: Array, returned: Any = None, last: Any = None, late: Array | None = None) -> dict:
         """What stands around the scan, at noise z_0 and, where given, at what the scan returned."""
         s, k = self.structure, self.joined_size

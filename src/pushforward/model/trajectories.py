@@ -66,7 +66,7 @@ def posterior(
         initial: noise z_0, shape (draw, k).
         states: states before each step, shape (time, draw, n).
         noise: noise of the steps, shape (time, draw, q).
-        last: the last state (draw, n) and what rides along with it.
+        last: the last state (draw, n) and what rides along with it (draw, ...).
         late: noise of sites after the scan, shape (draw, l).
     """
     found = jax.tree.map(
@@ -82,10 +82,10 @@ def around(chain: Chain, initial: Array, returned: Any, last: tuple, late: Array
     s = chain.structure
     state, riders = last
 
-    def one(z: Array, back: Any, x: Array, w: Array) -> dict[str, dict[str, Array]]:
-        carry = jax.tree.unflatten(s.carry_tree, join(s, x[chain.joined_size :], riders))
+    def one(z: Array, back: Any, x: Array, riding: list[Array], w: Array) -> dict[str, dict[str, Array]]:
+        carry = jax.tree.unflatten(s.carry_tree, join(s, x[chain.joined_size :], riding))
         found = chain.around(z, back, carry, w)
         likelihood = {n: found["observed"][n].log_prob for n in (*s.first, *s.static)}
         return {"values": found["values"], "log_prior": found["log_prior"], "log_likelihood": likelihood}
 
-    return jax.vmap(one)(initial, returned, state, late)
+    return jax.vmap(one)(initial, returned, state, riders, late)
