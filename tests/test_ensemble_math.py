@@ -13,7 +13,7 @@ from pushforward.math import ensemble, ensemble_inflation, ensemble_iterative, e
 pytestmark = pytest.mark.usefixtures("float64")
 
 # Members and data on both sides of the switch between the N x N and the m x m factorisation, and beyond two blocks.
-SHAPES = [(2, 1), (6, 3), (7, 30), (45, 50)]
+PROBLEMS = [((2, 1), "variances"), ((6, 3), "covariance"), ((7, 30), "covariance"), ((45, 50), "variances")]
 SQUARE_ROOTS = {"etkf": ensemble.etkf, "serial": ensemble.serial_ensrf}
 SCHEMES = {
     **SQUARE_ROOTS,
@@ -24,6 +24,7 @@ SCHEMES = {
     "finite_size": ensemble_iterative.finite_size,
 }
 NOISES = ["variances", "covariance"]
+inflation_square = jax.jit(ensemble_iterative.inflation_square)
 
 
 def problem(members, m, kind="variances", seed=0, state=5):
@@ -66,8 +67,7 @@ def weights_of(scheme, predicted, data, noise):
 # ------------------------------------------------------------------------------------------------ global schemes
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind"), PROBLEMS)
 @pytest.mark.parametrize("scheme", ["etkf", "serial", "rotated"])
 def test_square_roots_have_the_kalman_moments(scheme, shape, kind):
     x, predicted, data, noise, covariance = problem(*shape, kind)
@@ -77,8 +77,7 @@ def test_square_roots_have_the_kalman_moments(scheme, shape, kind):
     close(np.cov(analysis.T), cov)
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind"), PROBLEMS)
 def test_denkf_covariance(shape, kind):
     x, predicted, data, noise, covariance = problem(*shape, kind)
     analysis = weights_of("denkf", predicted, data, noise) @ x
@@ -111,8 +110,7 @@ def test_serial_order_does_not_change_moments(kind):
     assert np.abs(first - second).max() > 1e-3  # members do depend on the order
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind"), PROBLEMS)
 @pytest.mark.parametrize("scheme", ["perturbed", "rescaled"])
 def test_perturbed_mean_is_exact(scheme, shape, kind):
     x, predicted, data, noise, covariance = problem(*shape, kind)
@@ -165,8 +163,7 @@ def test_rows_sum_to_one(scheme, shape):
     close(weights_of(scheme, predicted, data, noise).sum(1), 1.0, 1e-12)
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", [(7, 30), (20, 22)])
+@pytest.mark.parametrize(("shape", "kind"), [((7, 30), "covariance"), ((20, 22), "variances")])
 @pytest.mark.parametrize("scheme", ["etkf", "denkf", "serial", "rotated", "finite_size"])
 def test_missing_data_drop_out(scheme, shape, kind):
     _, predicted, data, noise, _ = problem(*shape, kind)
@@ -198,8 +195,7 @@ def test_nothing_observed_changes_nothing(scheme):
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "kind"), PROBLEMS)
 def test_log_likelihood_is_the_dense_one(shape, kind, gaps):
     _, predicted, data, noise, covariance = problem(*shape, kind)
     kept = np.arange(shape[1]) % 3 != 1 if gaps else np.ones(shape[1], bool)
@@ -388,9 +384,9 @@ def test_finite_size_minimises_the_dual_cost(shape, stretch):
     l = dual_minimum(predicted, data, noise)
     w = ensemble.whiten(jnp.asarray(predicted), jnp.asarray(data), jnp.asarray(noise))
     # A flat minimum is located by its values to the root of the rounding error only.
-    close(np.sqrt(ensemble_iterative.inflation_square(w)), l, 1e-6)
+    close(np.sqrt(inflation_square(w)), l, 1e-6)
     # Kalman's update of the forecast inflated by l.
-    exact = float(jnp.sqrt(ensemble_iterative.inflation_square(w)))
+    exact = float(jnp.sqrt(inflation_square(w)))
     inflated = [v.mean(0) + exact * (v - v.mean(0)) for v in (x, predicted)]
     mean, cov = kalman(*inflated, data, np.diag(noise))
     analysis = weights_of("finite_size", predicted, data, noise) @ x
@@ -408,7 +404,7 @@ def test_finite_size_finds_the_global_minimum():
         data = predicted.mean(0) + r.standard_normal(6) * 10.0 ** r.uniform(-1, 2, 6)
         l = dual_minimum(predicted, data, np.ones(6))
         w = ensemble.whiten(jnp.asarray(predicted), jnp.asarray(data), jnp.ones(6))
-        actual = float(jnp.sqrt(ensemble_iterative.inflation_square(w)))
+        actual = float(jnp.sqrt(inflation_square(w)))
         if l < 800:
             found += 1
             close(actual, l, 1e-4)
@@ -418,7 +414,7 @@ def test_finite_size_finds_the_global_minimum():
 def test_finite_size_certainty_pulls_towards_no_inflation():
     _, predicted, data, noise, _ = problem(7, 30)
     w = ensemble.whiten(jnp.asarray(predicted), jnp.asarray(data), jnp.asarray(noise))
-    z = [float(ensemble_iterative.inflation_square(w, certainty=c)) for c in (1.0, 2.0, 1e6)]
+    z = [float(inflation_square(w, certainty=c)) for c in (1.0, 2.0, 1e6)]
     assert z[0] > z[1] > z[2] > 0.9
     members = 7
     e, c = (members + 1) / members, members / (members - 1)
@@ -427,8 +423,7 @@ def test_finite_size_certainty_pulls_towards_no_inflation():
     close(z[2], (e / c) ** (1 - prior), 1e-4)
 
 
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("shape", [(6, 3), (7, 30)])
+@pytest.mark.parametrize(("shape", "kind"), [((6, 3), "covariance"), ((7, 30), "variances")])
 def test_iterative_steps_are_etkf_when_linear(shape, kind):
     x, _, data, noise, _ = problem(*shape, kind)
     operator = np.random.default_rng(7).standard_normal((5, shape[1]))
@@ -453,9 +448,10 @@ def test_iterative_steps_solve_a_nonlinear_problem():
         return jnp.sin(0.3 * state)
 
     state, epsilon = ensemble_iterative.iterative_start(6), 1e-6
+    step = jax.jit(ensemble_iterative.iterative_step)
     for _ in range(60):
         trial = mean + state.mean @ anomalies + epsilon * anomalies
-        state = ensemble_iterative.iterative_step(state.mean, epsilon * jnp.eye(6), forward(trial), data, noise)
+        state = step(state.mean, epsilon * jnp.eye(6), forward(trial), data, noise)
 
     def cost(w):
         return jnp.sum((data - forward(mean + w @ anomalies)) ** 2 / noise) + 5 * jnp.sum(w**2)

@@ -63,7 +63,11 @@ OPTIONS = {
         MethodError,
         "Laplace does not fit this model: site 'y' is StudentT, not Normal",
     ),
-    "states": (lambda: infer(states=3), MethodError, "states= is not available in this version.*Leave it out"),
+    "states": (
+        lambda: infer(states=3),
+        MethodError,
+        r"states= takes an instance of a state method, such as pf.Kalman\(\)",
+    ),
     "surrogate": (lambda: infer(surrogate=3), MethodError, "surrogate= is not available in this version"),
     "negative draws": (lambda: infer(draws=-1), ArgumentError, r"draws= takes a positive integer.*got -1"),
     "no draws": (lambda: infer(draws=0), ArgumentError, r"draws= takes a positive integer.*got 0"),

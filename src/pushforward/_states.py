@@ -23,7 +23,7 @@ _BATCH = 8
 
 def automatic(problem: InverseProblem) -> tuple[StateSpace | None, str]:
     """The state space that `method="auto"` may filter exactly, or None, with the reason."""
-    if not any(slot.steps for slot in problem.structure.slots.values()):
+    if not any("time" in site.dims for site in problem.sites.values()):
         return None, ""
     try:
         space = read_state_space(problem)

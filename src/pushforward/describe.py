@@ -2,9 +2,14 @@
 
 from typing import Any
 
+from pushforward._errors import ModelError
 from pushforward._types import Model
 from pushforward.methods import NAMES
+from pushforward.methods._base import Method
+from pushforward.methods._state import StateMethod
+from pushforward.model._reading import Site
 from pushforward.model.inverse import InverseProblem, read_problem
+from pushforward.model.state_space import StateSpace, read_state_space
 
 
 class Description:
@@ -15,23 +20,57 @@ class Description:
         dimension: length of the noise vector ``z``.
         methods: by name, None where the method fits, else why it does not.
         gaussian: None where the likelihood is Gaussian with fixed noise, else why not.
+        chain: the `scan` as state methods read it, or None.
     """
 
     def __init__(self, problem: InverseProblem):
         self.sites = problem.sites
         self.dimension = problem.dimension
         self.gaussian = problem.why_not_gaussian() if problem.structure.data else "no site is data"
-        self.methods = {name: kind().why_not(problem) for name, kind in NAMES.items()}
+        self.chain, reason = _chain(problem)
+        self.methods = {name: _misfit(kind(), problem, self.chain, reason) for name, kind in NAMES.items()}
 
     def __repr__(self) -> str:
         rows = [("site", "role", "distribution", "shape", "dims", "coordinates")]
         for site in self.sites.values():
             dims = ", ".join(d for d in site.dims if d)
-            rows.append((site.name, site.role, site.distribution, str(site.shape), dims, site.coordinates))
+            rows.append(
+                (site.name, _role(site, self.chain), site.distribution, str(site.shape), dims, site.coordinates)
+            )
         lines = [_table(rows), "", f"noise: z ~ N(0, I) of length {self.dimension}"]
+        if self.chain is not None:
+            lines.append(f"state: {self.chain.state_dimension} numbers over {self.chain.steps} steps")
         lines.append("likelihood: " + ("Gaussian with fixed noise" if self.gaussian is None else self.gaussian))
         lines += ["", _table([("method", "fits"), *((n, "yes" if w is None else w) for n, w in self.methods.items())])]
         return "\n".join(lines)
+
+
+def _chain(problem: InverseProblem) -> tuple[StateSpace | None, str]:
+    """The scan of a model, or why state methods cannot read it."""
+    if not any("time" in site.dims for site in problem.sites.values()):
+        return None, "the model has no numpyro scan"
+    try:
+        return read_state_space(problem), ""
+    except ModelError as error:
+        return None, str(error).splitlines()[0]
+
+
+def _misfit(method: Method, problem: InverseProblem, chain: StateSpace | None, reason: str) -> str | None:
+    if not isinstance(method, StateMethod):
+        return method.why_not(problem)
+    if chain is None:
+        return reason
+    misfit = method.why_not(chain)
+    if misfit is None and chain.structure.parameters:
+        return f"with states=: the parameters {list(chain.structure.parameters)} need a method of their own"
+    return misfit
+
+
+def _role(site: Site, chain: StateSpace | None) -> str:
+    if chain is None or site.role != "parameter":
+        return site.role
+    s = chain.structure
+    return "initial state" if site.name in s.initial else "state" if site.name in s.latent else site.role
 
 
 def describe(model: Model, *args: Any, observed: tuple[str, ...] | None = None, **kwargs: Any) -> Description:

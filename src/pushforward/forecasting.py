@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pushforward import _evaluate, posterior
-from pushforward._errors import ArgumentError, DataError, ModelError
+from pushforward._errors import ArgumentError, DataError, ModelError, PushforwardError
 from pushforward._infer import _argument_names, _constants, _typed_key
 from pushforward._runner import Runner
 from pushforward._types import Array, Key, Model
@@ -76,8 +76,7 @@ def forecast(
             f"forecast takes a result of infer, with a group 'posterior'; got {type(tree).__name__}. Write "
             "pf.forecast(tree, model, ...)."
         )
-    given = read_problem(model, args, kwargs)
-    space = read_state_space(_completed(given, tree, model, args, kwargs))
+    space = read_state_space(_completed(tree, model, args, kwargs))
     start = _steps_before(tree, space)
     values, carried = _outset(tree, space, start)
     drawn = Runner().call(_continued, space, start, values, carried, key)
@@ -85,23 +84,23 @@ def forecast(
     shaped = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in drawn.items()}
     labels = _labels(tree, space.problem.sites, shaped, start, coords)
     made = _with(tree, "predictions", posterior.group(shaped, labels))
-    constants = _constants(given, model, args, kwargs)
-    names = posterior.Labels(
-        given.sites, None, _known_dims(tree, constants, ("constant_data",)), _argument_names(model, args, kwargs)
-    )
+    constants = _constants(space.problem, model, args, kwargs)
+    dims, sites = _known_dims(tree, constants, ("constant_data",)), space.problem.sites
+    names = posterior.Labels(sites, None, dims, _argument_names(model, args, kwargs))
     group = posterior.group(constants, names, sampled=False)
     return _with(made, "predictions_constant_data", group) if constants else made
 
 
-def _completed(problem: InverseProblem, tree: Any, model: Model, args: tuple, kwargs: dict) -> InverseProblem:
-    """The problem with the data that this call leaves out put back, followed by NaN."""
+def _completed(tree: Any, model: Model, args: tuple, kwargs: dict) -> InverseProblem:
+    """The model with its data: those that this call leaves out are those of the tree, followed by NaN."""
+    known, data = tree["posterior"].data_vars, tree["observed_data"].data_vars if "observed_data" in tree else {}
+    problem, named = _read(model, args, kwargs, tuple(map(str, data)))
     if not any(_in_scan(site) for site in problem.sites.values()):
         raise ModelError(
             "the model has no numpyro scan with sites, so there is no trajectory to continue. For data at new "
             "arguments write pf.predict(tree, model, ..., group='predictions')."
         )
-    known, data = tree["posterior"].data_vars, tree["observed_data"].data_vars if "observed_data" in tree else {}
-    lacking = [n for n in problem.structure.slots if n not in known and n in data]
+    lacking = [n for n in problem.structure.slots if n not in known and n in data] + list(named)
     if not lacking:
         return problem
     padded = {}
@@ -109,8 +108,21 @@ def _completed(problem: InverseProblem, tree: Any, model: Model, args: tuple, kw
         value, shape = np.asarray(data[name].to_numpy(), float), problem.sites[name].shape
         if value.ndim != len(shape) or value.shape[1:] != shape[1:]:
             raise _other_shape(name, value.shape, shape)
-        padded[name] = np.concatenate([value, np.full((max(shape[0] - len(value), 0), *shape[1:]), np.nan)])
+        value = value[: shape[0]] if shape else value  # with fewer steps than the data, `_steps_before` refuses
+        missing = shape[0] - len(value) if shape else 0
+        padded[name] = np.concatenate([value, np.full((missing, *shape[1:]), np.nan)]) if missing else value
     return read_problem(_trace.conditioned(model), (padded, args, kwargs))
+
+
+def _read(model: Model, args: tuple, kwargs: dict, data: tuple[str, ...]) -> tuple[InverseProblem, tuple[str, ...]]:
+    """The model as it is called, and the data that it had to be told of (a discrete site cannot be latent)."""
+    try:
+        return read_problem(model, args, kwargs), ()
+    except ModelError as error:
+        try:
+            return read_problem(model, args, kwargs, data), data
+        except PushforwardError:
+            raise error from None
 
 
 def _in_scan(site: Site) -> bool:
@@ -306,12 +318,15 @@ def _continued_index(index: Any, dim: str, start: int, count: int) -> np.ndarray
     if len(index) != start:
         return start - 1 + later
     values = index.to_numpy()
-    if getattr(index, "inferred_freq", None) is not None:
-        return np.concatenate([index[-1:].shift(int(k), freq=index.inferred_freq).to_numpy() for k in later])
-    if values.dtype.kind in "iuf":
-        spacing = np.diff(values)
-        if start == 1 or np.allclose(spacing, spacing[-1], rtol=1e-5):
-            return values[-1] + later * (spacing[-1] if start > 1 else 1)
+    # Months have no length in days, but are equally far apart when counted as months.
+    for kind in {"M": (values.dtype, "datetime64[M]")}.get(values.dtype.kind, (values.dtype,)):
+        counted = values.astype(kind)
+        if values.dtype.kind not in "iufM" or (counted.astype(values.dtype) != values).any():
+            continue
+        spacing = np.diff(counted)
+        step = spacing[-1] if start > 1 else 1
+        if (np.abs(spacing - step) <= 1e-5 * np.abs(step)).all():
+            return (counted[-1] + later * step).astype(values.dtype)
     raise ArgumentError(
         f"the coordinates of '{dim}', ending in {values[-2:].tolist()}, are no numbers or dates at equal distances, so "
         f"they cannot be continued. Pass those of the {count} new steps: forecast(..., coords={{'{dim}': [...]}})."

@@ -136,7 +136,7 @@ class Filter(eqx.Module):
     smoother: Smoother
 
     def start(self, chain: Chain, key: Key) -> tuple[Ensemble, Array, Array]:
-        """The ensemble at the start given what is observed there, its prior noise z_0, and the weights of that update."""
+        """The ensemble at the start given what is observed there, its prior noise z_0, and that update's weights."""
         first, second = jax.random.split(key)
         noise = jax.random.normal(first, (self.size, chain.initial_dimension))
         members, riders, observed = jax.vmap(chain.start)(noise)

@@ -289,7 +289,8 @@ def _layout(kept: list[dict], bodies: dict[str, dict[str, Any]]) -> dict[str, _t
 def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -> Site:
     name, shape = site["name"], tuple(jnp.shape(site["value"]))
     if site["type"] == "deterministic":
-        return Site(name, "data" if name in named else "deterministic", "", shape, (None,) * len(shape))
+        dims = tuple("time" if site.get("_control_flow_done") and axis == 0 else None for axis in range(len(shape)))
+        return Site(name, "data" if name in named else "deterministic", "", shape, dims)
     law = site["fn"]
     kind = type(innermost(law)).__name__
     if _is_factor(site):
