@@ -51,7 +51,7 @@ DOORS = {
     "numpyro.handlers": ("pushforward.model._trace", "pushforward.model._scan_trace", "pushforward.problems"),
     "numpyro.primitives": ("pushforward.model._trace", "pushforward.model._scan_trace"),
     "numpyro.ops": ("pushforward.model._scan_trace",),
-    "numpyro.contrib": ("pushforward.problems",),
+    "numpyro.contrib": ("pushforward.problems", "pushforward.contract"),
     "numpyro.infer": ("pushforward.model._trace", "pushforward.methods.nuts"),
     "blackjax": ("pushforward.methods",),
     "flowjax": ("pushforward.methods", "pushforward.learned"),

@@ -19,6 +19,8 @@ CHEAP = {
     "laplace": pf.Laplace(),
     "gaussian_vi": pf.GaussianVI(samples=64),
     "pathfinder": pf.Pathfinder(),
+    "kalman": pf.Kalman(),
+    "enkf": pf.EnKF(1000, pf.Perturbed()),
 }
 
 

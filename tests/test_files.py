@@ -143,6 +143,8 @@ CHANGED = {
     "laplace": pf.Laplace(curvature="gauss_newton", tolerance=1e-3),
     "gaussian_vi": pf.GaussianVI(covariance=pf.LowRank(3)),
     "pathfinder": pf.Pathfinder(),
+    "kalman": pf.Kalman(pf.Unscented(alpha=0.5), inflation=1.1),
+    "enkf": pf.EnKF(20, pf.LETKF(3.0), inflation=pf.RTPS(0.4), rotate=True, smoother=pf.EnKS(lag=None)),
 }
 
 

@@ -325,6 +325,8 @@ def test_what_cannot_be_continued_is_refused(nile_tree, regression):
         call(wrong, lorenz96.model_noise, steps=7, size=6)
     with pytest.raises(DataError, match=r"last carry.*\{'state': \(5,\)\}.*\{'state': \(6,\)\}"):
         call(result(draws, {"y": np.zeros((4, 6))}, (np.zeros((5, 5)), [])), lorenz96.model_noise, steps=7, size=6)
+    with pytest.raises(DataError, match=r"posterior has \(1, 5\) chains and draws, and the last carry \(1, 4\)"):
+        call(result(draws, {"y": np.zeros((4, 6))}, (np.zeros((4, 6)), [])), lorenz96.model_noise, steps=7, size=6)
 
 
 def test_line_has_no_trajectory():

@@ -88,9 +88,10 @@ def test_a_name_stands_for_the_class_with_its_defaults():
 
 def test_auto_says_why(series):
     model, data = series
-    _, reason = choose(model, **data)
+    _, _, reason = choose(model, **data)
     assert "scan" in reason
-    method, reason = choose(counted()[0], x=X, y=Y)
+    method, states, reason = choose(counted()[0], x=X, y=Y)
+    assert states is None
     assert isinstance(method, pf.NUTS)
     assert "NUTS" in reason
 
@@ -99,7 +100,7 @@ def choose(model, **inputs):
     from pushforward._infer import _choose
     from pushforward.model.inverse import read_problem
 
-    return _choose("auto", read_problem(model, (), inputs))
+    return _choose("auto", None, read_problem(model, (), inputs))
 
 
 def test_nuts_on_a_scan_agrees_with_the_exact_smoother():

@@ -62,7 +62,8 @@ def eight_devices():
 
 
 def test_every_method_is_compared(eight_devices):
-    assert set(SHORT) == set(NAMES)
+    # State methods need a scan; theirs are in test_enkf.py and test_kalman.py.
+    assert set(SHORT) == set(NAMES) - {"kalman", "enkf"}
     assert eight_devices["devices"] == 8
 
 

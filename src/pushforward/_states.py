@@ -109,6 +109,8 @@ def run_alone(
     pack = _moments if method.store == "moments" else one_chain
     groups |= {"filtering": pack(found.filtering), "one_step": pack(found.one_step)}
     groups["last_carry"] = one_chain(carry(found))
+    if found.log_prior or found.log_likelihood:
+        groups["sample_stats"] = one_chain({"lp": _total(found.log_prior) + _total(found.log_likelihood)})
     summary = {"log_evidence": found.log_evidence} | found.summary
     result = Draws(
         positions=groups["posterior"],
@@ -119,6 +121,11 @@ def run_alone(
         gradient_evaluations=count(0),
     )
     return result, {name: part for name, part in groups.items() if part}
+
+
+def _total(part: dict[str, Array]) -> Array:
+    """Sum over everything but the leading axis of draws."""
+    return sum((jnp.sum(v.reshape(v.shape[0], -1), 1) for v in part.values()), jnp.zeros(()))
 
 
 def one_chain(part: dict[str, Array]) -> dict[str, Array]:

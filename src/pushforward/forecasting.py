@@ -202,6 +202,12 @@ def _last_carry(tree: Any, space: StateSpace) -> tuple[Array, list[Array]]:
             f"the last carry of the result has the shapes {has}, but with these arguments the model's carry has "
             f"{needs}. Pass the model that the posterior was inferred with, and keep the arguments that size its state."
         )
+    sizes = [tuple(tree[g].sizes[d] for d in ("chain", "draw")) for g in ("posterior", "last_carry")]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the posterior has {sizes[0]} chains and draws, and the last carry {sizes[1]}. Thin all groups alike, as "
+            "tree.isel(draw=...) does."
+        )
     state, *riders = (jnp.asarray(group[n].to_numpy().reshape(-1, *has[n])) for n in names)
     return state, riders
 

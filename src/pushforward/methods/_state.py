@@ -41,10 +41,16 @@ class StateDraws(eqx.Module):
 
 
 class StateMethod(Method):
-    """Base of filters and smoothers; subclasses are final."""
+    """Base of filters and smoothers; subclasses are final.
+
+    Attributes:
+        differentiable: whether `log_likelihood` has a gradient in the parameters.
+        densities: whether draws come with their log prior and log likelihood.
+    """
 
     accepts: ClassVar[type] = StateSpace
     differentiable: ClassVar[bool] = True
+    densities: ClassVar[bool] = True
     augment: eqx.AbstractVar[bool]
     store: eqx.AbstractVar[str]
 

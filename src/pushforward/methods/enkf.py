@@ -1,6 +1,6 @@
 """`EnKF`: ensemble Kalman filters and smoothers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -62,6 +62,8 @@ class EnKF(StateMethod):
         >>> tree["posterior"]["x"].shape
         (1, 50, 4)
     """
+
+    densities: ClassVar[bool] = False
 
     members: int = 100
     analysis: Analysis = ETKF()
