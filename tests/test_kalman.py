@@ -4,6 +4,8 @@
 their false-alarm rates stand beside them. "Exact" means up to rounding: 1e-8 in float64, 1e-3 in float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,17 +37,18 @@ def read_form(s, form):
     return read(model, *args, **kwargs)
 
 
-@jax.jit
-def exact_laws(chain):
-    """Log likelihoods by both schedules, and mean and covariance of the site "x" of each step under three laws."""
-    method = pf.Kalman()
-    records = method._followed(chain).filtered.records
+@partial(jax.jit, static_argnames="schedule")
+def exact_laws(chain, schedule="sequential"):
+    """Log likelihood, and mean and covariance of the site "x" of each step under three laws."""
+    method = pf.Kalman(schedule=schedule)
+    found = method._followed(chain)
+    records = found.filtered.records
     _, _, smooth = equations.smooth_series(records)
     now, before = jax.vmap(joint_moments)(records)
     top = jnp.concatenate([smooth[1], smooth[4]], axis=2)
     bottom = jnp.concatenate([jnp.swapaxes(smooth[4], 1, 2), smooth[3]], axis=2)
     all_data = jnp.concatenate([smooth[0], smooth[2]], 1), jnp.concatenate([top, bottom], 1)
-    n, riders, times = records.mean.shape[1], method._followed(chain).riders, jnp.arange(chain.structure.length)
+    n, riders, times = records.mean.shape[1], found.riders, jnp.arange(chain.structure.length)
 
     def of_site(law):
         def at(mean, cov, riding, t):
@@ -58,15 +61,14 @@ def exact_laws(chain):
         return jax.vmap(at)(*law, riders, times)
 
     laws = {"filtering": of_site(now), "one_step": of_site(before), "smoothing": of_site(all_data)}
-    return method.log_likelihood(chain), pf.Kalman(schedule="parallel").log_likelihood(chain), laws
+    return method.log_likelihood(chain), found.first.log_likelihood + found.filtered.log_likelihood, laws
 
 
-def check_form(s, form, tolerance):
+def check_form(s, form, tolerance, schedule="sequential"):
     space, exact = read_form(s, form), linear.joint(s, form)
-    sequential, parallel, laws = exact_laws(space.chain())
+    *values, laws = exact_laws(space.chain(), schedule)
     scale = abs(exact.log_evidence())
-    assert float(sequential) == pytest.approx(exact.log_evidence(), abs=tolerance * scale)
-    assert float(parallel) == pytest.approx(exact.log_evidence(), abs=tolerance * scale)
+    assert [float(v) for v in values] == pytest.approx([exact.log_evidence()] * 2, abs=tolerance * scale)
     for name, (mean, cov) in laws.items():
         expected = getattr(exact, name)()
         size = max(1.0, np.abs(expected.covariance).max())
@@ -82,7 +84,21 @@ def test_every_form_is_exact(form, float64):
     check_form(SMALL, form, 1e-8)
 
 
-@pytest.mark.parametrize("form", ["noncentred", "deterministic_carry", "dense_noise_missing"])
+PARALLEL = ("missing", "counter")
+
+
+@pytest.mark.parametrize("form", PARALLEL)
+def test_the_parallel_schedule_is_exact(form, float64):
+    check_form(SMALL, form, 1e-8, "parallel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [f for f in linear.form_names(SMALL) if f not in PARALLEL])
+def test_the_parallel_schedule_is_exact_for_every_form(form, float64):
+    check_form(SMALL, form, 1e-8, "parallel")
+
+
+@pytest.mark.parametrize("form", ["noncentred", "deterministic_carry"])
 def test_forms_in_single_precision(form):
     check_form(SMALL, form, 1e-3)
 
@@ -94,8 +110,7 @@ def test_every_form_in_single_precision(form):
 
 
 SYSTEMS = {
-    "twenty": ({"n": 20, "m": 5, "q": 20, "steps": 10, "seed": 2}, "centred"),
-    "singular noise": ({"n": 8, "m": 3, "q": 2, "steps": 12, "seed": 3}, "noncentred"),
+    "twenty, with singular noise": ({"n": 20, "m": 3, "q": 4, "steps": 10, "seed": 2}, "noncentred"),
     "more data than states": ({"n": 2, "m": 14, "q": 1, "steps": 5, "seed": 4}, "noncentred"),
     "one step": ({"n": 2, "m": 1, "q": 2, "steps": 1, "seed": 5}, "centred"),
 }
@@ -118,15 +133,16 @@ def test_every_form_of_a_large_system_is_exact(form, float64):
 
 @pytest.fixture(scope="module")
 def one_parameter():
-    """`local_linear` with its chain's log likelihood as a function of u, compiled."""
+    """Log likelihoods of `local_linear` and their slopes at 64 values of u, by one compiled `vmap` of `grad`."""
     with jax.enable_x64(True):
         space = read(local_linear.model, y=local_linear.DATA)
-        yield space, jax.jit(lambda u: pf.Kalman().log_likelihood(space.chain({"u": u})))
+        run = jax.value_and_grad(lambda u: pf.Kalman().log_likelihood(space.chain({"u": u})))
+        us = jnp.linspace(-1.5, 0.5, 64).at[5].set(-0.4)
+        return us, *jax.jit(jax.vmap(run))(us)
 
 
 def test_log_likelihood_and_gradient_of_a_parameter(one_parameter, float64):
-    _, log_likelihood = one_parameter
-    value, slope = jax.jit(jax.value_and_grad(log_likelihood))(jnp.asarray(-0.4))
+    value, slope = (v[5] for v in one_parameter[1:])
     h = 1e-4
     exact = [local_linear.log_likelihood(-0.4 + k * h, local_linear.DATA) for k in (-2, -1, 0, 1, 2)]
     assert float(value) == pytest.approx(exact[2], abs=1e-10)
@@ -134,9 +150,8 @@ def test_log_likelihood_and_gradient_of_a_parameter(one_parameter, float64):
 
 
 def test_sixty_four_parameter_values_at_once(one_parameter, float64):
-    _, log_likelihood = one_parameter
-    us = jnp.linspace(-1.5, 0.5, 64)
-    values = jax.jit(jax.vmap(log_likelihood))(us)
+    us, values, slopes = one_parameter
+    assert np.isfinite(slopes).all()
     for i in (0, 20, 63):
         assert float(values[i]) == pytest.approx(local_linear.log_likelihood(float(us[i]), local_linear.DATA), abs=1e-9)
 
@@ -149,8 +164,12 @@ def test_gradient_of_two_variances(float64):
     def exact(noise_sd, level_sd):
         return nile.joint(noise_variance=noise_sd**2, level_variance=level_sd**2).log_evidence()
 
-    assert float(slope["noise_sd"]) == pytest.approx((exact(120.05, 40) - exact(119.95, 40)) / 0.1, rel=1e-5)
-    assert float(slope["level_sd"]) == pytest.approx((exact(120, 40.05) - exact(120, 39.95)) / 0.1, rel=1e-5)
+    def difference(a, b):
+        near, far = (exact(120 + k * a, 40 + k * b) - exact(120 - k * a, 40 - k * b) for k in (1, 2))
+        return (8 * near - far) / 12 / (a + b)
+
+    assert float(slope["noise_sd"]) == pytest.approx(difference(0.5, 0), abs=1e-7)
+    assert float(slope["level_sd"]) == pytest.approx(difference(0, 0.5), abs=1e-7)
 
 
 # ------------------------------------------------------------------------------------------ draws of trajectories
@@ -201,11 +220,14 @@ def check_draws(s, form, method=None):
 
 def posterior_of(exact, variable):
     """Mean and covariance, given all data, of any variable of the model."""
-    latent = {**exact.latent, "_": variable}
-    return type(exact)(latent, exact.data, exact.values, exact.state).posterior("_")
+    data, y, _ = exact._present()
+    size = max(variable.root.shape[1], data.root.shape[1])
+    x, y_root = (np.pad(v.root, ((0, 0), (0, size - v.root.shape[1]))) for v in (variable, data))
+    gain = np.linalg.solve(y_root @ y_root.T, y_root @ x.T).T
+    return variable.mean + gain @ (y - data.mean), x @ x.T - gain @ y_root @ x.T
 
 
-FAST_DRAWS = ("observe_then_move", "outside_carry", "missing", "observed_start", "deterministic_carry")
+FAST_DRAWS = ("observe_then_move", "observed_start", "deterministic_carry")
 
 
 @pytest.mark.parametrize("form", FAST_DRAWS)
@@ -225,15 +247,6 @@ def test_draws_of_every_form_have_the_joint_law(form, float64):
     check_draws(SMALL, form)
 
 
-def test_draws_of_the_parallel_schedule_are_those_of_the_sequential_one(float64):
-    chain = read_form(SMALL, "missing").chain()
-    one, other = (
-        jax.jit(lambda c, m=m: m.trajectories(c, KEY, 3))(chain) for m in (pf.Kalman(), pf.Kalman(schedule="parallel"))
-    )
-    assert np.asarray(other.posterior["x"]) == pytest.approx(np.asarray(one.posterior["x"]), abs=1e-8)
-    assert float(other.log_evidence) == pytest.approx(float(one.log_evidence), abs=1e-8)
-
-
 # -------------------------------------------------------------------------------------------------- end to end
 
 
@@ -246,7 +259,7 @@ def test_infer_gives_a_tree(float64):
     assert dict(tree["posterior"].sizes) | {"time": 7} == dict(tree["posterior"].sizes)
     assert {"x0", "x", "signal", "last", "total"} == set(tree["posterior"].data_vars)
     assert tree["posterior"]["x"].dims == ("chain", "draw", "time", "x_dim_1")
-    assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "time")
+    assert tree["log_likelihood"]["y"].shape == (1, 1000, 7)
     assert tree["observed_data"]["y"].dims[0] == "time"
     assert {"x", "signal"} == set(tree["filtering"].data_vars) == set(tree["one_step"].data_vars)
     found = pf.attributes(tree)
@@ -314,8 +327,8 @@ def check_parameter(u, size, false_alarm_z=4.5):
 
 def test_nuts_over_kalman(float64):
     """The posterior of u, and trajectories given it: E[x | y] is the mean of E[x | y, u] over the posterior of u."""
-    tree, u = parameter_draws(pf.NUTS(chains=2, warmup=300), 1500)
-    check_parameter(u, 600)
+    tree, u = parameter_draws(pf.NUTS(chains=2, warmup=200), 1000)
+    check_parameter(u, 400)
     groups = {"posterior", "log_prior", "log_likelihood", "sample_stats", "observed_data"}
     assert groups <= set(tree.children)
     x = tree["posterior"]["x"]
@@ -323,14 +336,15 @@ def test_nuts_over_kalman(float64):
     us = np.linspace(-1.2, 0.3, 31)
     weights = [local_linear.log_likelihood(v, local_linear.DATA) + stats.norm(-0.5, 0.5).logpdf(v) for v in us]
     weights = np.exp(weights - np.max(weights)) / np.sum(np.exp(weights - np.max(weights)))
-    laws = [local_linear.joint(v, local_linear.DATA).posterior("x") for v in us]
+    joints = [local_linear.joint(v, local_linear.DATA) for v in us]
+    laws = [posterior_of(j, join(*j.latent["x"])) for j in joints]
     mean = weights @ [m for m, _ in laws]
     second = weights @ [np.diag(c) + m**2 for m, c in laws]
     sd = np.sqrt(second - mean**2)
     draws = x.to_numpy().reshape(-1, 40)
-    # 80 comparisons at z = 5 with half the draws counted: false alarm below 1e-4 ** 1.2.
-    assert np.abs((draws.mean(0) - mean) / sd).max() < 5 / np.sqrt(1500)
-    assert np.abs(draws.std(0) / sd - 1).max() < 5 / np.sqrt(2 * 1500)
+    # 80 comparisons at z = 5 with half the draws counted: false alarm below 1e-4.
+    assert np.abs((draws.mean(0) - mean) / sd).max() < 5 / np.sqrt(1000)
+    assert np.abs(draws.std(0) / sd - 1).max() < 5 / np.sqrt(2 * 1000)
 
 
 @pytest.mark.slow
@@ -340,6 +354,7 @@ def test_tempered_smc_over_kalman(float64):
     assert pf.attributes(tree)["log_evidence"] == pytest.approx(local_linear.LOG_EVIDENCE, abs=0.3)
 
 
+@pytest.mark.slow
 def test_laplace_over_kalman(float64):
     """The Gaussian at the mode: the posterior is skew by about 0.15, hence the tolerance of a fifth of an sd."""
     _, u = parameter_draws(pf.Laplace(), 4000)
@@ -422,9 +437,7 @@ LINEARIZATIONS = {
 }
 
 
-@pytest.mark.parametrize("form", ["observed_start", "deterministic_carry", "counter", "dense_noise_missing"])
-def test_linearisations_of_a_linear_model_are_exact(form, float64):
-    """Also with a singular covariance, for which sigma points use a root with 1e-12 added."""
+def check_linearisations(form):
     space, exact = read_form(SMALL, form), linear.joint(SMALL, form)
 
     @jax.jit
@@ -435,9 +448,25 @@ def test_linearisations_of_a_linear_model_are_exact(form, float64):
         assert float(value) == pytest.approx(exact.log_evidence(), abs=1e-8), name
 
 
-@pytest.mark.parametrize("lin", [pf.Extended(), pf.Cubature()], ids=["extended", "cubature"])
-def test_draws_through_linearisations_have_the_joint_law(lin, float64):
+def test_linearisations_of_a_linear_model_are_exact(float64):
+    """With a singular covariance, for which sigma points use a root with 1e-12 added."""
+    check_linearisations("deterministic_carry")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [f for f in linear.form_names(SMALL) if f != "deterministic_carry"])
+def test_linearisations_of_every_linear_form_are_exact(form, float64):
+    check_linearisations(form)
+
+
+def test_draws_through_sigma_points_have_the_joint_law(float64):
     """Sigma points add noise columns, which the draws must not show. False alarms as above."""
+    check_draws(SMALL, "scalar", pf.Kalman(pf.Cubature()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lin", LINEARIZATIONS.values(), ids=LINEARIZATIONS)
+def test_draws_through_linearisations_have_the_joint_law(lin, float64):
     check_draws(SMALL, "two_sites", pf.Kalman(lin))
 
 
@@ -472,39 +501,36 @@ def bent_log_likelihood(a):
 
 @pytest.fixture(scope="module")
 def bent_values():
-    """Log likelihood and its derivative for all linearisations, and values a step of 1e-5 to either side."""
+    """Log likelihood, its derivative and a central difference for the ways of linearising."""
+    ways = {"extended": pf.Extended(), "iterated": pf.Iterated(3), "unscented": pf.Unscented(), "one": pf.Iterated(1)}
+    h, found = 1e-5, {}
     with jax.enable_x64(True):
         space = read(bent, y=BENT_DATA)
-        ways = LINEARIZATIONS | {"one iteration": pf.Iterated(1)}
-
-        @jax.jit
-        def run(a):
-            return {n: pf.Kalman(lin).log_likelihood(space.chain({"a": a})) for n, lin in ways.items()}
-
-        points = [0.6 - 1e-5, 0.6, 0.6 + 1e-5]
-        below, value, above = ({n: float(v) for n, v in run(jnp.asarray(p)).items()} for p in points)
-        slopes = jax.jit(jax.jacrev(run))(jnp.asarray(0.6))
-        return {n: (value[n], float(slopes[n]), (above[n] - below[n]) / 2e-5) for n in ways}
+        for name, lin in ways.items():
+            run = jax.value_and_grad(lambda a, lin=lin: pf.Kalman(lin).log_likelihood(space.chain({"a": a})))
+            values, slopes = jax.jit(jax.vmap(run))(jnp.array([0.6 - h, 0.6, 0.6 + h]))
+            found[name] = (float(values[1]), float(slopes[1]), float(values[2] - values[0]) / (2 * h))
+    return found
 
 
 def test_log_likelihood_of_a_nonlinear_model(bent_values):
-    """Approximations have no exact test: within 0.1 of the truth, sigma points nearer than the tangent."""
+    """Approximations have no exact test: within 0.2 of the truth, sigma points within 0.1."""
     exact = bent_log_likelihood(0.6)
     for name, (value, *_) in bent_values.items():
-        assert value == pytest.approx(exact, abs=0.1), name
-    assert bent_values["one iteration"] == pytest.approx(bent_values["extended"], rel=1e-10)
+        assert value == pytest.approx(exact, abs=0.2), name
+    assert bent_values["unscented"][0] == pytest.approx(exact, abs=0.1)
+    assert bent_values["one"] == pytest.approx(bent_values["extended"], rel=1e-10)
     assert abs(bent_values["iterated"][0] - bent_values["extended"][0]) > 1e-4
-    assert len({round(v[0], 6) for v in bent_values.values()}) == len(LINEARIZATIONS)
+    assert abs(bent_values["unscented"][0] - bent_values["extended"][0]) > 1e-4
 
 
 def test_gradients_of_linearisations(bent_values):
     for name, (_, slope, difference) in bent_values.items():
-        assert np.isfinite(slope), name
-        assert slope == pytest.approx(difference, rel=1e-5, abs=1e-6), name
+        assert slope == pytest.approx(difference, rel=1e-5), name
 
 
 def test_gradient_of_sigma_points_where_the_covariance_is_singular(float64):
-    """The carry of `fixed_start` has no variance at first."""
+    """The position p has no variance at first. Gradients must be finite there, and those of the exact filter."""
 
     def model(y=None):
         scale = numpyro.sample("scale", dist.HalfNormal(1.0))
@@ -539,7 +565,7 @@ def test_counts_are_matched_by_moments(float64):
         scan(step, numpyro.sample("x0", NORMAL(2.0, 0.4)), y)
 
     space = read(model, y=np.array([9]))
-    value = pf.Kalman(pf.Extended()).log_likelihood(space.chain())
+    value = jax.jit(pf.Kalman(pf.Extended()).log_likelihood)(space.chain())
     rate = np.exp(2.0)
     expected = stats.norm(rate, np.sqrt(rate**2 * (0.4**2 + 0.3**2) + rate)).logpdf(9)
     assert float(value) == pytest.approx(expected, abs=1e-9)
@@ -564,11 +590,9 @@ def test_inflation_multiplies_the_covariance_per_unit_of_time(float64):
         return total
 
     inflated = pf.Kalman(inflation=1.5, time_step=2.0)
-    assert float(inflated.log_likelihood(space.chain())) == pytest.approx(by_hand(1.5**2), abs=1e-9)
-    assert float(pf.Kalman(time_step=2.0).log_likelihood(space.chain())) == pytest.approx(by_hand(1.0), abs=1e-9)
+    assert float(jax.jit(inflated.log_likelihood)(space.chain())) == pytest.approx(by_hand(1.5**2), abs=1e-9)
     assert not inflated.exact
-    tree = pf.infer(model, *args, method=inflated, draws=2, progress=False, **kwargs)
-    assert pf.attributes(tree)["log_evidence"] == pytest.approx(by_hand(1.5**2), abs=1e-9)
+    assert pf.Kalman(time_step=2.0).exact
 
 
 def test_names_stand_for_linearisations():

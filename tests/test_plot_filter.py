@@ -8,7 +8,7 @@ import xarray as xr
 from scipy import stats
 
 from pushforward._errors import ArgumentError, DataError
-from pushforward.plots import plot_filter
+from pushforward import plot_filter
 
 T, H = 12, 5
 

@@ -4,6 +4,7 @@ from pushforward._files import load, save
 from pushforward._infer import infer
 from pushforward.compare import compare, plot_compare
 from pushforward.describe import describe
+from pushforward.forecasting import forecast
 from pushforward.methods import (
     NUTS,
     EnKF,
@@ -32,6 +33,7 @@ from pushforward.methods._ensemble_parts import (
     SerialEnSRF,
 )
 from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
+from pushforward.plots import plot_filter
 from pushforward.posterior import attributes
 from pushforward.predictive import add_log_likelihood, predict, prior
 
@@ -70,9 +72,11 @@ __all__ = [
     "attributes",
     "compare",
     "describe",
+    "forecast",
     "infer",
     "load",
     "plot_compare",
+    "plot_filter",
     "predict",
     "prior",
     "save",

@@ -77,10 +77,18 @@ def whiten(predicted: Float[Array, "members m"], data: Float[Array, "m"], noise:
     return Whitened(rows[:-1], rows[-1], count, 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor))))
 
 
+class Analysed(NamedTuple):
+    """Weights of an analysis, and `log_likelihood` of its data, which shares the analysis' factorisation."""
+
+    weights: Float[Array, "members members"]
+    log_likelihood: Float[Array, ""]
+
+
 class _Solved(NamedTuple):
-    """M, the mean's weights, and X -> X S^T M / sqrt(N - 1), the weights of whitened shifts X (N, m) of the data."""
+    """M, log det M^-1, the mean's weights, and X -> X S^T M / sqrt(N - 1), the weights of whitened shifts X (N, m)."""
 
     inverse: Array
+    log_det: Array
     mean: Array
     shifted: Callable[[Array], Array]
 
@@ -99,25 +107,43 @@ def _solve(w: Whitened) -> _Solved:
         half = factor @ s.T
         gain = factor.T @ (half / root)
         inverse = jnp.eye(members, dtype=s.dtype) - half.T @ half
-        return _Solved(inverse, w.innovation @ gain, lambda x: x @ gain)
-    # Measured on a CPU: half the time of the factorisation at N = m = 40, equal at N = 20 and at m = 2 N.
-    if 20 <= members <= 80 and m <= 2 * members:
-        inverse = _rank_one_inverse(s)
+        return _Solved(inverse, _log_det(factor), w.innovation @ gain, lambda x: x @ gain)
+    if _column_by_column(members, m):
+        inverse, log_det = _rank_one_inverse(s)
     else:
         factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
-        inverse = factor.T @ factor
-    return _Solved(inverse, inverse @ (s @ (w.innovation / root)), lambda x: (x @ (s.T / root)) @ inverse)
+        inverse, log_det = factor.T @ factor, _log_det(factor)
+    return _Solved(inverse, log_det, inverse @ (s @ (w.innovation / root)), lambda x: (x @ (s.T / root)) @ inverse)
 
 
-def _rank_one_inverse(s: Float[Array, "members m"]) -> Float[Array, "members members"]:
-    """(I + S S^T)^-1 by the formula of Sherman and Morrison, column by column."""
+def _column_by_column(members: int, m: int) -> bool:
+    """Measured on a CPU: half the time of the factorisation at N = m = 40, equal at N = 20 and at m = 2 N."""
+    return 20 <= members <= 80 and m <= 2 * members
+
+
+def _log_det(inverse_factor: Array) -> Array:
+    return -2.0 * jnp.sum(jnp.log(jnp.diagonal(inverse_factor)))
+
+
+def _rank_one_inverse(s: Float[Array, "members m"]) -> tuple[Float[Array, "members members"], Float[Array, ""]]:
+    """(I + S S^T)^-1 by the formula of Sherman and Morrison, column by column, and log det(I + S S^T)."""
 
     def step(inverse, column):
         u = inverse @ column
         # Rounding must not turn a quadratic form that is all but zero negative.
-        return inverse - u[:, None] * (u / (1.0 + jnp.maximum(column @ u, 0.0))), None
+        c = 1.0 + jnp.maximum(column @ u, 0.0)
+        return inverse - u[:, None] * (u / c), c
 
-    return jax.lax.scan(step, jnp.eye(s.shape[0], dtype=s.dtype), s.T)[0]
+    inverse, terms = jax.lax.scan(step, jnp.eye(s.shape[0], dtype=s.dtype), s.T)
+    return inverse, jnp.sum(jnp.log(terms))
+
+
+def _evidence(w: Whitened, mean: Array, log_det: Array) -> Array:
+    """`log_likelihood` from the mean's weights M S d / sqrt(N - 1) and log det(I + S S^T)."""
+    s, root = _scaled(w)
+    v = root * mean
+    square = jnp.sum((w.innovation - v @ s) ** 2) + v @ v
+    return -0.5 * (square + log_det + w.log_det + w.count * math.log(2.0 * math.pi))
 
 
 def etkf(w: Whitened) -> Float[Array, "members members"]:
@@ -145,14 +171,23 @@ def etkf(w: Whitened) -> Float[Array, "members members"]:
 def etkf_rotated(w: Whitened, key: Key) -> Float[Array, "members members"]:
     """Weights with the law of a Haar `rotation` after `etkf`, at the cost of one Cholesky factorisation.
 
-    A Haar rotation makes all square roots equal in law, so the triangular one serves, in the complement of 1.
+    A Haar rotation makes all square roots equal in law, so the cheapest one serves.
     """
-    members = w.anomalies.shape[0]
+    return etkf_rotated_analysed(w, key).weights
+
+
+def etkf_rotated_analysed(w: Whitened, key: Key) -> Analysed:
+    """`etkf_rotated` with the data's log likelihood."""
+    members, m = w.anomalies.shape
     s, root = _scaled(w)
+    if _column_by_column(members, m):
+        transform, mean, log_det = _serial(w)
+        return Analysed(rotation(key, members) @ transform + mean, _evidence(w, mean, log_det))
     inner = to_complement(s)
     factor = inverse_factor(jnp.eye(members - 1, dtype=s.dtype) + inner @ inner.T)
     mean = rows_from_complement(factor.T @ (factor @ (inner @ (w.innovation / root))))
-    return from_complement(_haar(key, members - 1, s.dtype) @ factor) + mean
+    weights = from_complement(_haar(key, members - 1, s.dtype) @ factor) + mean
+    return Analysed(weights, _evidence(w, mean, _log_det(factor)))
 
 
 def denkf(w: Whitened) -> Float[Array, "members members"]:
@@ -161,8 +196,14 @@ def denkf(w: Whitened) -> Float[Array, "members members"]:
     The analysis covariance is ``(I - K H) P + K H P H^T K^T / 4``, a little more than Kalman's, which works as
     inflation (Sakov and Oke 2008a, eqs. 11-15). ``W = 1 w^T + (I + M) / 2``.
     """
+    return denkf_analysed(w).weights
+
+
+def denkf_analysed(w: Whitened) -> Analysed:
+    """`denkf` with the data's log likelihood."""
     solved = _solve(w)
-    return 0.5 * (jnp.eye(len(solved.mean), dtype=solved.mean.dtype) + solved.inverse) + solved.mean
+    weights = 0.5 * (jnp.eye(len(solved.mean), dtype=solved.mean.dtype) + solved.inverse) + solved.mean
+    return Analysed(weights, _evidence(w, solved.mean, solved.log_det))
 
 
 def perturbed_by(w: Whitened, noise: Float[Array, "members m"]) -> Float[Array, "members members"]:
@@ -171,8 +212,14 @@ def perturbed_by(w: Whitened, noise: Float[Array, "members m"]) -> Float[Array, 
     ``W = 1 w^T + M + E S^T M / sqrt(N - 1)``, E the noise. `perturbed` draws the noise; draw it beforehand to take the
     random numbers out of a loop.
     """
+    return perturbed_by_analysed(w, noise).weights
+
+
+def perturbed_by_analysed(w: Whitened, noise: Float[Array, "members m"]) -> Analysed:
+    """`perturbed_by` with the data's log likelihood."""
     solved = _solve(w)
-    return solved.inverse + solved.mean + solved.shifted(noise)
+    weights = solved.inverse + solved.mean + solved.shifted(noise)
+    return Analysed(weights, _evidence(w, solved.mean, solved.log_det))
 
 
 def perturbed(w: Whitened, key: Key) -> Float[Array, "members members"]:
@@ -188,14 +235,20 @@ def perturbed_rescaled(w: Whitened, key: Key) -> Float[Array, "members members"]
 
     The expected sample covariance is above Kalman's by ``K R K^T / (N - 1)``.
     """
-    members = w.anomalies.shape[0]
-    return perturbed_by(w, math.sqrt(members / (members - 1)) * centred_noise(w, key))
+    return perturbed_by(w, rescaled_noise(w, key))
 
 
 def centred_noise(w: Whitened, key: Key) -> Float[Array, "members m"]:
     """Standard normal noise for each member and datum, less its mean over the members."""
-    noise = jax.random.normal(key, w.anomalies.shape, w.anomalies.dtype)
+    # Without the barrier XLA draws the noise anew for each of its two uses.
+    noise = jax.lax.optimization_barrier(jax.random.normal(key, w.anomalies.shape, w.anomalies.dtype))
     return noise - jnp.mean(noise, 0)
+
+
+def rescaled_noise(w: Whitened, key: Key) -> Float[Array, "members m"]:
+    """`centred_noise` times sqrt(N / (N - 1)), so that each entry has variance 1."""
+    members = w.anomalies.shape[0]
+    return math.sqrt(members / (members - 1)) * centred_noise(w, key)
 
 
 def serial_ensrf(w: Whitened) -> Float[Array, "members members"]:
@@ -206,6 +259,12 @@ def serial_ensrf(w: Whitened) -> Float[Array, "members members"]:
     Hamill 2002, eqs. 8-13; Potter's scheme). Kalman's mean and covariance in any order of the data; the members
     themselves depend on the order.
     """
+    transform, mean, _ = _serial(w)
+    return transform + mean
+
+
+def _serial(w: Whitened) -> tuple[Array, Array, Array]:
+    """Transform and mean's weights of the serial scheme, and log det(I + S S^T)."""
     members = w.anomalies.shape[0]
     s, root = _scaled(w)
 
@@ -217,11 +276,11 @@ def serial_ensrf(w: Whitened) -> Float[Array, "members members"]:
         row = y @ transform
         mean = mean + row * ((innovation - root * (mean @ column)) / (c * root))
         transform = transform - y[:, None] * (row / (c + jnp.sqrt(c)))
-        return (transform, mean), None
+        return (transform, mean), c
 
     start = (jnp.eye(members, dtype=s.dtype), jnp.zeros(members, s.dtype))
-    (transform, mean), _ = jax.lax.scan(step, start, (s.T, w.innovation))
-    return transform + mean
+    (transform, mean), terms = jax.lax.scan(step, start, (s.T, w.innovation))
+    return transform, mean, jnp.sum(jnp.log(terms))
 
 
 def log_likelihood(w: Whitened) -> Float[Array, ""]:
@@ -230,17 +289,8 @@ def log_likelihood(w: Whitened) -> Float[Array, ""]:
     ``-(|d - S^T v|^2 + |v|^2 + log det(I + S S^T) + log det R + count log 2 pi) / 2`` with ``v = M S d``, by the
     determinant lemma and Woodbury's identity, in a form without cancellation.
     """
-    members, m = w.anomalies.shape
-    s, _ = _scaled(w)
-    if m < members:
-        factor = inverse_factor(jnp.eye(m, dtype=s.dtype) + s.T @ s)
-        square = jnp.sum((factor @ w.innovation) ** 2)
-    else:
-        factor = inverse_factor(jnp.eye(members, dtype=s.dtype) + s @ s.T)
-        v = factor.T @ (factor @ (s @ w.innovation))
-        square = jnp.sum((w.innovation - v @ s) ** 2) + v @ v
-    log_det = -2.0 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-    return -0.5 * (square + log_det + w.log_det + w.count * math.log(2.0 * math.pi))
+    solved = _solve(w)
+    return _evidence(w, solved.mean, solved.log_det)
 
 
 def rotation(key: Key, members: int) -> Float[Array, "members members"]:

@@ -146,8 +146,7 @@ class Filter(eqx.Module):
         if not chain.structure.first:
             return ensemble_, noise, jnp.eye(self.size)
         w = whiten(observed.mean, observed.data[0], jnp.mean(observed.noise, 0))
-        weights = self.analysis.weights(w, second)
-        value = ensemble.log_likelihood(w)
+        weights, value = self.analysis.analysed(w, second)
         updated = eqx.tree_at(lambda e: (e.members, e.log_likelihood), ensemble_, (weights @ members, value))
         return updated, noise, weights
 
@@ -172,10 +171,10 @@ class Filter(eqx.Module):
         if not isinstance(factor, float):
             forecast, predicted = (_inflate(x, factor) for x in (forecast, predicted))
             w = w._replace(anomalies=factor * w.anomalies)
-        analysis, weights = self._update(columns, forecast, predicted, data, variances, w, keys[1])
+        analysis, weights, value = self._update(columns, forecast, predicted, data, variances, w, keys[1])
         analysis = self.inflation.after(forecast, analysis, keys[2])
         riders = moved.riders if chain.structure.discrete else [r[0] for r in moved.riders]
-        total = before.log_likelihood + ensemble.log_likelihood(w)
+        total = before.log_likelihood + value
         after = Ensemble(
             analysis[:, : columns.n], riders, memory, total, before.replaced + replaced, before.surprise + surprise(w)
         )
@@ -183,15 +182,15 @@ class Filter(eqx.Module):
 
     def _update(
         self, columns: Layout, forecast: Array, predicted: Array, data: Array, noise: Array, w: Any, key: Key
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         if isinstance(self.analysis, LETKF):
             return self._update_locally(columns, forecast, predicted, data, noise, w, key)
-        weights = (self.analysis.rotated if self.rotate else self.analysis.weights)(w, key)
-        return weights @ forecast, weights
+        weights, value = (self.analysis.rotated if self.rotate else self.analysis.analysed)(w, key)
+        return weights @ forecast, weights, value
 
     def _update_locally(
         self, columns: Layout, forecast: Array, predicted: Array, data: Array, noise: Array, w: Any, key: Key
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         assert isinstance(self.analysis, LETKF)
         n = columns.n
         local = self.analysis.local_weights(predicted, data, noise, self.analysis.taper(n, data.shape[0]))
@@ -199,7 +198,7 @@ class Filter(eqx.Module):
             local = jnp.concatenate([local, self.analysis.weights(w, key)[None]])
         if self.rotate:
             local = ensemble.rotation(key, self.size) @ local
-        return apply(local, forecast, columns), local
+        return apply(local, forecast, columns), local, ensemble.log_likelihood(w)
 
     def _iterative(
         self, chain: Chain, columns: Layout, before: Ensemble, t: Array, keys: Key
@@ -272,12 +271,13 @@ def _mend(forecast: Array, predicted: Array, key: Key) -> tuple[Array, Array, Ar
     """Members that are not finite become copies of others, drawn at random; their number."""
     bad = ~(jnp.all(jnp.isfinite(forecast), 1) & jnp.all(jnp.isfinite(predicted), 1))
 
-    def mend(_: None) -> tuple[Array, Array]:
+    def draw(_: None) -> Array:
         chosen = jax.random.categorical(key, jnp.where(bad, -jnp.inf, 0.0), shape=bad.shape)
-        rows = jnp.where(bad, chosen, jnp.arange(bad.shape[0]))
-        return forecast[rows], predicted[rows]
+        return jnp.where(bad, chosen, jnp.arange(bad.shape[0]))
 
-    forecast, predicted = jax.lax.cond(jnp.any(bad), mend, lambda _: (forecast, predicted), None)
+    # Only the rows' numbers come out of the branch: whole ensembles would be copied in and out of it.
+    rows = jax.lax.cond(jnp.any(bad), draw, lambda _: jnp.arange(bad.shape[0]), None)
+    forecast, predicted = (jnp.take(x, rows, 0, mode="clip") for x in (forecast, predicted))
     return forecast, predicted, jnp.sum(bad, dtype=forecast.dtype)
 
 

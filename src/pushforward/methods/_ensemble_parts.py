@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.math import ensemble, ensemble_inflation, ensemble_iterative, ensemble_local
-from pushforward.math.ensemble import Whitened, whiten
+from pushforward.math.ensemble import Analysed, Whitened, whiten
 from pushforward.methods._base import check_choice, check_integer, check_positive
 
 
@@ -29,10 +29,15 @@ class Analysis(eqx.Module):
             key: for schemes with random numbers.
         """
 
-    def rotated(self, w: Whitened, key: Key) -> Array:
+    def analysed(self, w: Whitened, key: Key) -> Analysed:
+        """Weights with the data's log likelihood; schemes that get both from one factorisation have their own."""
+        return Analysed(self.weights(w, key), ensemble.log_likelihood(w))
+
+    def rotated(self, w: Whitened, key: Key) -> Analysed:
         """The same after a random rotation that keeps mean and covariance."""
         first, second = jax.random.split(key)
-        return ensemble.rotation(second, w.anomalies.shape[0]) @ self.weights(w, first)
+        found = self.analysed(w, first)
+        return found._replace(weights=ensemble.rotation(second, w.anomalies.shape[0]) @ found.weights)
 
 
 class Perturbed(Analysis):
@@ -50,8 +55,12 @@ class Perturbed(Analysis):
 
     def weights(self, w: Whitened, key: Key) -> Array:
         """See `Analysis.weights`."""
-        scheme = ensemble.perturbed if self.perturbations == "centred" else ensemble.perturbed_rescaled
-        return scheme(w, key)
+        return self.analysed(w, key).weights
+
+    def analysed(self, w: Whitened, key: Key) -> Analysed:
+        """See `Analysis.analysed`."""
+        noise = ensemble.centred_noise if self.perturbations == "centred" else ensemble.rescaled_noise
+        return ensemble.perturbed_by_analysed(w, noise(w, key))
 
 
 class ETKF(Analysis):
@@ -61,9 +70,9 @@ class ETKF(Analysis):
         """See `Analysis.weights`."""
         return ensemble.etkf(w)
 
-    def rotated(self, w: Whitened, key: Key) -> Array:
+    def rotated(self, w: Whitened, key: Key) -> Analysed:
         """See `Analysis.rotated`."""
-        return ensemble.etkf_rotated(w, key)
+        return ensemble.etkf_rotated_analysed(w, key)
 
 
 class DEnKF(Analysis):
@@ -72,6 +81,10 @@ class DEnKF(Analysis):
     def weights(self, w: Whitened, key: Key) -> Array:
         """See `Analysis.weights`."""
         return ensemble.denkf(w)
+
+    def analysed(self, w: Whitened, key: Key) -> Analysed:
+        """See `Analysis.analysed`."""
+        return ensemble.denkf_analysed(w)
 
 
 class SerialEnSRF(Analysis):

@@ -11,6 +11,7 @@ from pushforward._types import Array, Key
 from pushforward.math import kalman, kalman_parallel, kalman_steady
 from pushforward.methods import _linearization
 from pushforward.methods._base import check_choice, check_positive
+from pushforward.methods._kalman_blocks import block_draws, block_log_likelihood
 from pushforward.methods._kalman_filter import (
     AllDraws,
     Followed,
@@ -24,6 +25,7 @@ from pushforward.methods._kalman_filter import (
 from pushforward.methods._linearization import Exact, Linearization, root
 from pushforward.methods._state import STORES, StateDraws, StateMethod
 from pushforward.model import trajectories
+from pushforward.model.blocks import Blocks, blocks
 from pushforward.model.linear import Facts, facts
 from pushforward.model.state_space import Chain, StateSpace
 
@@ -126,6 +128,9 @@ class Kalman(StateMethod):
             steady: whether a time-invariant model may switch to the steady-state gain once its covariance has
                 converged. Under `vmap` both ways would be computed.
         """
+        parts = self._blocks(chain)
+        if parts is not None:
+            return block_log_likelihood(chain, parts, _facts(chain))
         series = self._series(chain)
         if series is None:
             found = follow(chain, self.linearization, self._growth)
@@ -142,6 +147,10 @@ class Kalman(StateMethod):
                 rest = kalman.filter_series(*start, series.steps, series.data, varying=known).log_likelihood
             value = series.first.log_likelihood + rest
         return value
+
+    def _blocks(self, chain: Chain) -> Blocks | None:
+        """Independent blocks, where the model is linear and has plates in its step."""
+        return blocks(_space(chain)) if self.exact and not chain.joined else None
 
     def _series(self, chain: Chain) -> Any:
         if not self.exact:
@@ -170,15 +179,25 @@ class Kalman(StateMethod):
         """See `StateMethod.trajectories`."""
         if store != "draws":
             return _without_trajectories(self, chain, key, draws, store)
+        parts = self._blocks(chain)
+        if parts is not None:
+            drawn, riders, evidence = block_draws(chain, parts, _facts(chain), key, draws)
+            return _package(chain, (riders, _last_riders(chain, riders), evidence), drawn, key, draws)
         found = self._followed(chain)
         last_mean = found.filtered.means[-1]
         roots = (kalman.noise_root(found.first_noise), jax.vmap(kalman.noise_root)(found.noise))
         drawn = draw(found.first, found.filtered.records, last_mean, roots, key, draws, self._growth)
-        return _package(chain, found, _own_noise(drawn, chain.noise_dimension), key, draws)
+        evidence = found.first.log_likelihood + found.filtered.log_likelihood
+        rest = (found.riders, found.last_riders, evidence)
+        return _package(chain, rest, _own_noise(drawn, chain.noise_dimension), key, draws)
 
 
 def _facts(chain: Chain) -> Facts:
-    return facts(StateSpace(chain.arrays, chain.structure, chain.joined))
+    return facts(_space(chain))
+
+
+def _space(chain: Chain) -> StateSpace:
+    return StateSpace(chain.arrays, chain.structure, chain.joined)
 
 
 def _last_riders(chain: Chain, riders: list[Array]) -> list[Array]:
@@ -195,18 +214,19 @@ def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
     return AllDraws(smoothing, *parts)
 
 
-def _package(chain: Chain, found: Followed, drawn: AllDraws, key: Key, draws: int) -> StateDraws:
+def _package(chain: Chain, rest: tuple, drawn: AllDraws, key: Key, draws: int) -> StateDraws:
+    """Sites at the draws; `rest` is what rides along, before each step and after the last, and log p(data)."""
+    riders, last_riders, evidence = rest
     late = jax.random.normal(jax.random.fold_in(key, 2), (draws, chain.late_dimension))
     smooth = drawn.smoothing
-    last = (smooth.last, each(found.last_riders, draws))
-    sites = trajectories.posterior(chain, found.riders, smooth.initial, smooth.states, smooth.noise, last, late)
+    last = (smooth.last, each(last_riders, draws))
+    sites = trajectories.posterior(chain, riders, smooth.initial, smooth.states, smooth.noise, last, late)
     times = jnp.arange(chain.structure.length)
 
     def other(part: tuple[Array, Array]) -> dict[str, Array]:
-        values = trajectories.along(chain, found.riders, *part, times)["values"]
+        values = trajectories.along(chain, riders, *part, times)["values"]
         return jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), values)
 
-    evidence = found.first.log_likelihood + found.filtered.log_likelihood + chain.static_log_likelihood()
     return StateDraws(
         posterior=sites.values,
         filtering=other(drawn.filtering),
@@ -214,7 +234,7 @@ def _package(chain: Chain, found: Followed, drawn: AllDraws, key: Key, draws: in
         log_prior=sites.log_prior,
         log_likelihood=sites.log_likelihood,
         last=last,
-        log_evidence=evidence,
+        log_evidence=evidence + chain.static_log_likelihood(),
         summary={},
     )
 

@@ -49,8 +49,8 @@ def why_no_gaussian_noise(space: StateSpace, *, matching: bool) -> str | None:
         )
     if s.discrete:
         return (
-            f"leaf {s.discrete[0]} of the carry is an integer that depends on the state, which has no Gaussian law; use "
-            "pf.ParticleFilter()"
+            f"leaf {s.discrete[0]} of the carry is an integer that depends on the state, which has no Gaussian law; "
+            "use pf.EnKF()"
         )
     for name, (kind, what) in s.families.items():
         if kind == "other":
