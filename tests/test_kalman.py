@@ -84,6 +84,11 @@ def test_every_form_is_exact(form, float64):
     check_form(SMALL, form, 1e-8)
 
 
+def fresh():
+    """The same system in other arrays: JAX remembers the precision in which it first met a closed-over numpy array."""
+    return linear.system(n=2, m=2, q=2, steps=7, seed=1)
+
+
 PARALLEL = ("missing", "counter")
 
 
@@ -100,13 +105,13 @@ def test_the_parallel_schedule_is_exact_for_every_form(form, float64):
 
 @pytest.mark.parametrize("form", ["noncentred", "deterministic_carry"])
 def test_forms_in_single_precision(form):
-    check_form(SMALL, form, 1e-3)
+    check_form(fresh(), form, 1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", linear.form_names(SMALL))
 def test_every_form_in_single_precision(form):
-    check_form(SMALL, form, 1e-3)
+    check_form(fresh(), form, 1e-3)
 
 
 SYSTEMS = {
@@ -227,7 +232,7 @@ def posterior_of(exact, variable):
     return variable.mean + gain @ (y - data.mean), x @ x.T - gain @ y_root @ x.T
 
 
-FAST_DRAWS = ("observe_then_move", "observed_start", "deterministic_carry")
+FAST_DRAWS = ("deterministic_carry",)
 
 
 @pytest.mark.parametrize("form", FAST_DRAWS)
@@ -252,7 +257,7 @@ def test_draws_of_every_form_have_the_joint_law(form, float64):
 
 def test_infer_gives_a_tree(float64):
     model, args, kwargs = linear.FORMS["deterministic_sites"](SMALL)
-    tree = pf.infer(model, *args, method="kalman", draws=1000, progress=False, **kwargs)
+    tree = pf.infer(model, *args, method="auto", draws=1000, progress=False, **kwargs)
     exact = linear.joint(SMALL, "deterministic_sites")
     groups = {"posterior", "filtering", "one_step", "log_prior", "log_likelihood", "observed_data"}
     assert groups <= set(tree.children)
@@ -265,6 +270,7 @@ def test_infer_gives_a_tree(float64):
     found = pf.attributes(tree)
     assert found["log_evidence"] == pytest.approx(exact.log_evidence(), abs=1e-8)
     assert (found["method"], found["outcome"], found["returns"]) == ("Kalman", "success", "posterior")
+    assert "linear-Gaussian scan" in found["reason"]
     x = tree["posterior"]["x"].to_numpy()[0]
     assert tree["posterior"]["last"].to_numpy()[0] == pytest.approx(x[:, -1])
     assert tree["posterior"]["total"].to_numpy()[0] == pytest.approx(x.sum(1))
@@ -272,13 +278,6 @@ def test_infer_gives_a_tree(float64):
     law = exact.smoothing()
     sd = np.sqrt(np.diagonal(law.covariance, axis1=1, axis2=2))
     assert np.abs((x.mean(0) - law.mean) / sd * np.sqrt(1000)).max() < 5
-
-
-def test_auto_takes_kalman_where_it_is_exact(float64):
-    model, args, kwargs = linear.FORMS["scalar"](SMALL)
-    tree = pf.infer(model, *args, draws=2, progress=False, **kwargs)
-    assert pf.attributes(tree)["method"] == "Kalman"
-    assert "linear-Gaussian scan" in pf.attributes(tree)["reason"]
 
 
 def test_moments_are_exact_and_the_last_step_is_drawn(float64):
@@ -363,6 +362,7 @@ def test_laplace_over_kalman(float64):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:GaussianVI. Pareto k-hat:UserWarning")
 def test_gaussian_vi_over_kalman(float64):
     _, u = parameter_draws(pf.GaussianVI(), 4000)
     assert abs(u.mean() - local_linear.MEAN_U) < 0.2 * local_linear.SD_U
@@ -401,6 +401,7 @@ def test_a_linear_parameter_in_the_state_is_exact(float64):
     check_gaussian(np.concatenate(found, 1), *posterior_of(exact, join(drift, x0, *xs)))
 
 
+@pytest.mark.slow
 def test_a_nonlinear_parameter_in_the_state(float64):
     """x_t = a x + e with unknown a: near a sharp posterior the tangent is right (200 data, truth 0.7)."""
 
@@ -549,7 +550,7 @@ def test_gradient_of_sigma_points_where_the_covariance_is_singular(float64):
         chain = space.chain({"scale": scale})
         return pf.Kalman(pf.Unscented()).log_likelihood(chain), pf.Kalman().log_likelihood(chain)
 
-    slopes = jax.jit(jax.jacrev(both))(jnp.asarray(0.6))
+    slopes = jax.jit(jax.jacfwd(both))(jnp.asarray(0.6))
     assert float(slopes[0]) == pytest.approx(float(slopes[1]), rel=1e-5)
 
 

@@ -101,6 +101,8 @@ def infer(
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
     if isinstance(method, StateMethod) or states is not None:
         found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
+        if predictive and _states.reproducible(states or method, notes):
+            groups["posterior_predictive"] = _replicated(problem, groups["posterior"], labels, runner, key)
     else:
         found = _with_khat(method.run(problem, key, draws, runner))
         groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
@@ -269,13 +271,19 @@ def _groups(
     parts = {"posterior": values["posterior"], "sample_stats": stats} | {
         name: values[name] for name in ("log_likelihood", "log_prior")
     }
-    if key is not None:
-        latent = {n: values["posterior"][n] for n in problem.structure.slots}
-        flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in latent.items()}
-        drawn = runner.call(_evaluate.predictions_at, problem, flat, jax.random.fold_in(key, 1), runner.mesh)
-        parts["posterior_predictive"] = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in drawn.items()}
     groups = {name: posterior.group(part, labels) for name, part in parts.items()}
+    if key is not None:
+        groups["posterior_predictive"] = _replicated(problem, values["posterior"], labels, runner, key)
     return groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
+
+
+def _replicated(problem: InverseProblem, draws: Any, labels: posterior.Labels, runner: Runner, key: Key) -> Any:
+    """The group of data drawn at each draw of the latent sites."""
+    latent = {n: jnp.asarray(np.asarray(draws[n])) for n in problem.structure.slots}
+    shape = jax.tree.leaves(latent)[0].shape[:2]
+    flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in latent.items()}
+    drawn = runner.call(_evaluate.predictions_at, problem, flat, jax.random.fold_in(key, 1), runner.mesh)
+    return posterior.group({n: v.reshape(*shape, *v.shape[1:]) for n, v in drawn.items()}, labels)
 
 
 def _state_groups(

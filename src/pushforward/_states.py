@@ -200,6 +200,17 @@ def carry(found: StateDraws) -> dict[str, Array]:
     return {"state": state} | {f"rider_{i}": r for i, r in enumerate(riders)}
 
 
+def reproducible(states: Any, notes: list[str]) -> bool:
+    """Whether the model run at the draws of its latent sites gives back the trajectories, as replicated data need."""
+    if isinstance(states, Kalman) and states.exact and states.store == "draws":
+        return True
+    notes.append(
+        "posterior_predictive was left out: trajectories of an approximate or unstored smoother do not follow from the "
+        "draws of its latent sites alone. pf.forecast gives predictions beyond the data."
+    )
+    return False
+
+
 def limited(groups: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """Groups without the elementwise log likelihood where that is too large."""
     size = sum(v.size for v in groups.get("log_likelihood", {}).values())

@@ -164,9 +164,11 @@ class Filter(eqx.Module):
         moved = self.move(chain, before, t, noise)
         forecast = jax.vmap(columns.pack)(moved)
         predicted, variances = moved.observed.mean, jnp.mean(moved.observed.noise, 0)
+        # Without the barriers XLA computes the step and what follows from it anew for each of their uses.
+        forecast, predicted = jax.lax.optimization_barrier((forecast, predicted))
         forecast, predicted, replaced = _mend(forecast, predicted, keys[3])
         data = moved.observed.data[0]
-        w = whiten(predicted, data, variances)
+        w = jax.lax.optimization_barrier(whiten(predicted, data, variances))
         factor, memory = self.inflation.before(before.memory, w)
         if not isinstance(factor, float):
             forecast, predicted = (_inflate(x, factor) for x in (forecast, predicted))

@@ -9,6 +9,7 @@ from pushforward._types import Array, Key
 from pushforward.math import kalman
 from pushforward.math.kalman import Filtered, Record, Step, Updated, Varying
 from pushforward.methods._linearization import Linearization
+from pushforward.methods._loops import checkpointed_scan
 from pushforward.model.linear import first_at, step_at
 from pushforward.model.state_space import Chain
 
@@ -77,21 +78,39 @@ class Followed(NamedTuple):
 def follow(chain: Chain, linearization: Linearization, growth: float) -> Followed:
     """Linearise and update in one loop; `growth` multiplies the covariance before each step."""
     first, noise, riders = begin(chain, chain.initial_dimension)
-    still = jnp.zeros(chain.noise_dimension)
 
     def move(carry: tuple, t: Array) -> tuple[tuple, tuple]:
-        mean, cov, riding = carry
-        cov = growth * cov
-        moved = chain.step(mean, riding, t, still)
-        data = moved.observed.data
-        step = linearization.step(chain, mean, cov, riding, t, data)
-        after = kalman.update(mean, cov, step, data)
+        after, onward, noise = _advance(chain, linearization, growth, carry, t)
         out = (after.log_likelihood, after.mean, after.cov, after.record)
-        return (after.mean, after.cov, moved.riders), (out, riding, step.R)
+        return (after.mean, after.cov, onward), (out, carry[2], noise)
 
     start = (first.mean, first.cov, riders)
     (_, _, last), (out, before, noises) = jax.lax.scan(move, start, jnp.arange(chain.structure.length))
     return Followed(first, noise, before, Filtered(jnp.sum(out[0]), *out[1:]), noises, last)
+
+
+def evidence(chain: Chain, linearization: Linearization, growth: float) -> Array:
+    """log p(data) by the loop of `follow`, of which nothing is kept; memory of its gradient is O(sqrt T)."""
+    first, _, riders = begin(chain, chain.initial_dimension)
+
+    def move(carry: tuple, t: Array) -> tuple[tuple, None]:
+        after, onward, _ = _advance(chain, linearization, growth, carry[:3], t)
+        return (after.mean, after.cov, onward, carry[3] + after.log_likelihood), None
+
+    start = (first.mean, first.cov, riders, first.log_likelihood)
+    return checkpointed_scan(move, start, chain.structure.length)[3]
+
+
+def _advance(
+    chain: Chain, linearization: Linearization, growth: float, carry: tuple, t: Array
+) -> tuple[Updated, list[Array], Array]:
+    """The update of one step, what rides along after it, and its data noise."""
+    mean, cov, riding = carry
+    cov = growth * cov
+    moved = chain.step(mean, riding, t, jnp.zeros(chain.noise_dimension))
+    data = moved.observed.data
+    step = linearization.step(chain, mean, cov, riding, t, data)
+    return kalman.update(mean, cov, step, data), moved.riders, step.R
 
 
 class CarryDraws(NamedTuple):

@@ -23,6 +23,7 @@ from pushforward.methods._ensemble_parts import (
     Smoother,
 )
 from pushforward.methods._kalman_filter import each
+from pushforward.methods._loops import checkpointed_scan
 from pushforward.methods._state import STORES, StateDraws, StateMethod
 from pushforward.model import trajectories
 from pushforward.model.linear import why_no_gaussian_noise
@@ -300,16 +301,3 @@ def later_weights(weights: Array, lag: int | None) -> Array:
         return jax.lax.dynamic_slice_in_dim(padded, j, length + 1) @ product
 
     return jax.lax.fori_loop(0, lag, deeper, jnp.broadcast_to(unit, (length + 1, *unit.shape)))
-
-
-def checkpointed_scan(move: Any, start: Any, length: int) -> Any:
-    """The last carry of a scan over 0..length-1 whose gradient keeps O(sqrt length) carries (Griewank 1992)."""
-    rows = max(1, int(length**0.5))
-    full = length - length % rows
-
-    @jax.checkpoint
-    def row(carry: Any, times: Array) -> tuple[Any, None]:
-        return jax.lax.scan(move, carry, times)[0], None
-
-    carry, _ = jax.lax.scan(row, start, jnp.arange(full).reshape(-1, rows))
-    return jax.lax.scan(move, carry, jnp.arange(full, length))[0] if full < length else carry

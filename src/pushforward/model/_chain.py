@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from pushforward._errors import ModelError, PushforwardError
 from pushforward._types import Array
 from pushforward.model import _scan_trace, _trace
-from pushforward.model._observed import family, observation
+from pushforward.model._observed import family, observation, time_in_batch
 from pushforward.model._program import Program
 from pushforward.model._reading import Structure
 from pushforward.model._refusals import check_law, check_unscaled
@@ -213,7 +213,8 @@ def _around(structure: Structure, by_value: tuple, explored: dict, seen: dict) -
         sites = _scan_trace.run_around(structure.call(arrays), assigned(outer), instead)
         seen["outer_families"] = {n: family(s) for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
         seen["parameters"] = {n for n, s in sites.items() if s.get("infer", {}).get("state") is False}
-        observed = {n: observation(s) for n, s in sites.items() if n in seen["outer_families"]}
+        length = explored["length"]
+        observed = {n: observation(time_in_batch(sites[n], length)) for n in seen["outer_families"]}
         factors = {n: _trace._log_prob(s) for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)}
         for name in (*outer, *observed):
             check_law(sites[name])

@@ -60,6 +60,15 @@ def observation(site: dict) -> Observation:
     return Observation(mean.astype(data.dtype), noise.astype(data.dtype), data, density)
 
 
+def time_in_batch(site: dict, length: int) -> dict:
+    """A site after a scan whose event holds the axis of time, as in ``Normal(xs, sd).to_event(1)``, without that."""
+    law, value = site["fn"], site["value"]
+    whole = isinstance(law, dist.Independent) and law.event_dim == jnp.ndim(value) == law.reinterpreted_batch_ndims
+    if not whole or jnp.shape(value)[:1] != (length,):
+        return site
+    return site | {"fn": law.base_dist.to_event(law.event_dim - 1)}
+
+
 def gaussian_reason(site: dict) -> str | None:
     """Why an observed site is no Gaussian observation, or None where it is one."""
     if site["type"] != "sample":

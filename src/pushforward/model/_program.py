@@ -64,9 +64,8 @@ class Program:
     @property
     def shapes(self) -> dict[str, Any]:
         """Shapes and dtypes of the outputs."""
-        return jax.tree.unflatten(
-            self._out_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._closed.out_avals]
-        )
+        avals: list[Any] = self._closed.out_avals
+        return jax.tree.unflatten(self._out_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals])
 
     def same(self, output: tuple, other: tuple) -> bool:
         """Whether two outputs are one and the same value."""

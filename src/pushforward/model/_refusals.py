@@ -40,7 +40,13 @@ def refuse(msg: dict) -> None:
 
 
 def _check_lengths(xs: Any, length: Any) -> None:
-    """Raise where a scan does not know its number of steps, or knows two."""
+    """Raise where a scan does not know its number of steps, or knows two, or is given text."""
+    for path, x in jax.tree_util.tree_flatten_with_path(xs)[0]:
+        if isinstance(x, str | bytes | np.ndarray) and np.asarray(x).dtype.kind in "USO":
+            raise DataError(
+                f"xs{jax.tree_util.keystr(path)} of the scan is an array of {np.asarray(x).dtype}, where numbers are "
+                "needed. Convert it with numpy.asarray(..., dtype=float)."
+            )
     leaves = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_flatten_with_path(xs)[0]}
     if not leaves and length is None:
         raise ModelError(

@@ -68,7 +68,7 @@ def _step(f: Callable, stack: list, steps: int, carry: Any, x: Any, step: Array,
     """One step of the body with latent sites from `assign` and data from the handlers around the scan."""
 
     def series(given: Any, site: dict) -> Array | None:
-        value = given(site) if callable(given) else given.get(site["name"])
+        value: Any = given(site) if callable(given) else given.get(site["name"])
         if site["type"] != "sample" or value is None:
             return None
         whole = jnp.ndim(value) == len(site_law(site).shape()) + 1 and jnp.shape(value)[0] == steps

@@ -1,0 +1,371 @@
+"""EnKF against exact answers: convergence to Kalman, smoothing, each part's meaning, storage, parameters, failures.
+
+Random tests have fixed keys; false-alarm rates, where a test is statistical, stand beside the tolerance. Programs are
+shared between assertions: compiling is what costs here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+import pushforward as pf
+from pushforward.math import ensemble, ensemble_inflation
+from pushforward.model.inverse import read_problem
+from pushforward.model.state_space import read_state_space
+from pushforward.problems import linear_state_space as linear
+from pushforward.problems import local_linear, lorenz96, nile
+
+KEY = jax.random.key(0)
+NORMAL = dist.Normal
+SMALL = linear.system(n=2, m=2, q=2, steps=7, seed=1)
+NILE = np.where(np.arange(30) % 7 == 3, np.nan, nile.DATA[:30])
+
+
+def read(model, *args, **kwargs):
+    return read_state_space(read_problem(model, args, kwargs))
+
+
+def space_and_law(name):
+    """A linear Gaussian model, read, and its exact law."""
+    if name == "nile":
+        return read(nile.local_level, y=NILE), nile.joint(NILE)
+    model, args, kwargs = linear.FORMS[name](SMALL)
+    return read(model, *args, **kwargs), linear.joint(SMALL, name)
+
+
+def everything(space, methods, key=KEY, store="draws"):
+    """Results of several methods at one key with all members, in one program."""
+    run = jax.jit(lambda c: {n: m.trajectories(c, key, m.members, store) for n, m in methods.items()})
+    return jax.tree.map(np.asarray, run(space.chain()))
+
+
+def moments(members):
+    """Mean and covariance over the leading axis, all other axes flattened."""
+    flat = np.asarray(members).reshape(len(members), -1)
+    return flat.mean(0), np.atleast_2d(np.cov(flat.T))
+
+
+# -------------------------------------------------------------------------------------- convergence to Kalman
+
+SIZES, KEYS = (30, 240), 24
+
+
+def root_mean_square(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def errors_of(found, exact):
+    """Root mean square errors over keys, times and entries: means in units of the sd, sds relative, evidence."""
+    errors = {"evidence": root_mean_square(np.asarray(found.log_evidence) - exact.log_evidence())}
+    laws = {"filtering": found.filtering["x"], "one_step": found.one_step["x"], "smoothing": found.posterior["x"]}
+    for name, members in laws.items():
+        law = getattr(exact, name)()
+        sd = np.sqrt(np.diagonal(law.covariance, axis1=1, axis2=2))
+        x = np.asarray(members)
+        x = x.reshape(*x.shape[:3], -1)
+        errors[f"{name} mean"] = root_mean_square((x.mean(1) - law.mean) / sd)
+        errors[f"{name} sd"] = root_mean_square(x.std(1, ddof=1) / sd - 1)
+    for name in set(exact.latent) & {"x0", "p0", "v0"}:
+        mean, cov = exact.posterior(name)
+        x0 = np.asarray(found.posterior[name]).reshape(*found.posterior[name].shape[:2], -1)
+        errors[f"{name} mean"] = root_mean_square((x0.mean(1) - mean) / np.sqrt(np.diag(cov)))
+        errors[f"{name} sd"] = root_mean_square(x0.std(1, ddof=1) / np.sqrt(np.diag(cov)) - 1)
+    return errors
+
+
+@pytest.mark.parametrize("name", ["nile", "deterministic_carry", "observed_start", "dense_noise_missing"])
+def test_filter_smoother_and_evidence_tend_to_kalman_at_root_n(name, float64):
+    """Errors fall with slope -1/2 in N and are small at N = 240, also those of x0 given all data.
+
+    A root mean square over 24 keys has a relative error of at most 0.14, hence the slope of log error over log N one of
+    0.1: 0.4 is 4 standard errors, false alarm 6e-5 for each of about 9 errors (evidence; the others average more).
+    """
+    space, exact = space_and_law(name)
+    errors = []
+    for size in SIZES:
+        method = pf.EnKF(size, smoother=pf.EnKS(lag=None))
+        run = jax.jit(jax.vmap(lambda k, m=method: m.trajectories(space.chain(), k, m.members)))
+        errors.append(errors_of(run(jax.random.split(KEY, KEYS)), exact))
+    for what, small in errors[1].items():
+        slope = np.log(small / errors[0][what]) / np.log(SIZES[1] / SIZES[0])
+        assert slope == pytest.approx(-0.5, abs=0.4), what
+        # Means and sds of 240 independent draws would err by 0.065 and 0.046.
+        assert small < (0.15 if what != "evidence" else 0.6), what
+
+
+@pytest.mark.parametrize("form", ["missing", "dense_noise"])
+def test_analyses_tend_to_the_exact_likelihood(form, float64):
+    """`log_likelihood`, also by the default method's gradient-ready way, at N = 300 over 8 keys.
+
+    The mean's standard error is sd / sqrt(8) with sd from the same keys: |t| with 7 degrees of freedom above 9 has
+    probability 4e-5. DEnKF's anomalies keep a quarter of K H P H^T K^T too much, so that it converges elsewhere.
+    """
+    space, exact = space_and_law(form)
+    names = ("etkf", "serial", "perturbed", "finite_size", "denkf")
+
+    @jax.jit
+    @jax.vmap
+    def values(key):
+        return jnp.stack([pf.EnKF(300, n).log_likelihood(space.chain(), key) for n in names])
+
+    found = np.asarray(values(jax.random.split(KEY, 8)))
+    error, spread = found.mean(0) - exact.log_evidence(), found.std(0, ddof=1)
+    assert np.all(spread < 0.5)
+    assert np.all(np.abs(error[:4]) < 9 * spread[:4] / np.sqrt(8) + 0.01)
+    assert np.abs(error[4]) < 1.0
+
+
+def test_gradient_of_the_likelihood(float64):
+    """Given the key it is a smooth function of the parameter: derivative against differences."""
+    space = read(local_linear.model, y=local_linear.DATA)
+    for analysis in ("etkf", "perturbed"):
+        method = pf.EnKF(20, analysis)
+        value = jax.jit(jax.value_and_grad(lambda u, m=method: m.log_likelihood(space.chain({"u": u}), KEY)))
+        slope = float(value(-0.4)[1])
+        assert slope == pytest.approx(float(value(-0.4 + 1e-5)[0] - value(-0.4 - 1e-5)[0]) / 2e-5, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------- linear dynamics without noise
+
+A, OFFSET = np.array([[0.9, 0.4], [-0.3, 0.8]]), np.array([0.1, -0.2])
+
+
+def still(y=None):
+    """Linear dynamics without noise, the state a deterministic site; C = (1, 0.5; 0, 1)."""
+
+    def step(x, y):
+        x = numpyro.deterministic("x", jnp.asarray(A) @ x + OFFSET)
+        numpyro.sample("y", NORMAL(jnp.stack([x[0] + 0.5 * x[1], x[1]]), 0.4).to_event(1), obs=y)
+        return x, None
+
+    x0 = numpyro.sample("x0", NORMAL(np.zeros(2), 1.0).to_event(1))
+    numpyro.deterministic("first", 2.0 * x0)
+    last, _ = scan(step, x0, y)
+    numpyro.deterministic("end", last[0] - last[1])
+
+
+STILL_DATA = np.array([[1.0, 0.3], [0.8, np.nan], [1.2, 0.1], [0.4, -0.4], [0.9, 0.2]])
+
+
+def test_linear_without_noise_all_smoothers_agree(float64):
+    """EnKF = EnKS = iterative EnKS at the end, and the smoothed start moved through the model is the analysis."""
+    lags = {"filter": pf.EnKS(lag=0), "one": pf.EnKS(lag=1), "two": pf.EnKS(lag=2), "all": pf.EnKS(lag=None)}
+    methods = {n: pf.EnKF(6, smoother=s) for n, s in (lags | {"iterative": pf.IterativeEnKS()}).items()}
+    space = read(still, y=STILL_DATA)
+    found = everything(space, methods)
+    last = found["filter"].posterior["x"][:, -1]
+    for name, run in found.items():
+        assert run.posterior["x"][:, -1] == pytest.approx(last, abs=1e-10), name
+        assert run.filtering["x"] == pytest.approx(found["filter"].filtering["x"], abs=1e-10), name
+        assert float(run.log_evidence) == pytest.approx(float(found["filter"].log_evidence), abs=1e-10), name
+    assert np.array_equal(found["filter"].posterior["x"], found["filter"].filtering["x"])
+    assert found["iterative"].posterior["x"] == pytest.approx(found["one"].posterior["x"], abs=1e-10)
+    for t in range(5):  # lag 2: what all data up to two steps later say
+        part = everything(read(still, y=STILL_DATA[: t + 3]), {"all": methods["all"]})["all"] if t < 3 else found["all"]
+        assert found["two"].posterior["x"][:, t] == pytest.approx(part.posterior["x"][:, t], abs=1e-10)
+    x = found["all"].posterior["x0"]
+    for t in range(5):
+        x = x @ A.T + OFFSET
+        assert found["all"].posterior["x"][:, t] == pytest.approx(x, abs=1e-10)
+    assert found["all"].posterior["first"] == pytest.approx(2 * found["all"].posterior["x0"], abs=1e-10)
+    assert not np.allclose(found["filter"].posterior["x0"], found["all"].posterior["x0"], atol=0.05)
+
+
+def test_a_site_of_the_last_carry_alone_follows_the_end(float64):
+    """The scan returns nothing, and a deterministic site after it reads the last carry."""
+    found = everything(read(still, y=STILL_DATA[:2]), {"etkf": pf.EnKF(4)})["etkf"].posterior
+    assert found["end"] == pytest.approx(found["x"][:, -1, 0] - found["x"][:, -1, 1], abs=1e-10)
+
+
+# ------------------------------------------------------------------------------------------- analysis, rotation
+
+
+def ring(cycles=4, size=8):
+    """A small Lorenz-96 system whose ensemble has spread from the start."""
+    _, y = lorenz96.simulate(jax.random.key(4), cycles + 100, size=size)
+
+    def model(y=None):
+        def cycle(x, y):
+            x = numpyro.deterministic("x", lorenz96.step(x))
+            numpyro.sample("y", NORMAL(x, 1.0).to_event(1), obs=y)
+            return x, None
+
+        scan(cycle, numpyro.sample("x0", NORMAL(jnp.asarray(y_start), 1.0).to_event(1)), y)
+
+    y_start = np.asarray(y[99])
+    return read(model, y=np.asarray(y[100:]))
+
+
+def test_local_analysis_with_huge_radius_is_the_global_one(float64):
+    """LETKF = ETKF member by member, smoothed too; the triangular root differs, but in moments of one step."""
+    wide = pf.LETKF(1e6)
+    methods = {"etkf": pf.EnKF(6), "letkf": pf.EnKF(6, wide), "triangular": pf.EnKF(6, pf.LETKF(1e6, root="triangular"))}
+    methods["local"] = pf.EnKF(6, pf.LETKF(1.0))
+    found = everything(ring(), methods)
+    for group in ("posterior", "filtering", "one_step"):
+        one, other = getattr(found["etkf"], group), getattr(found["letkf"], group)
+        assert set(one) == set(other)
+        for name in one:
+            assert other[name] == pytest.approx(one[name], abs=1e-8), (group, name)
+    first = {n: moments(run.filtering["x"][:, 0]) for n, run in found.items()}
+    for a, b in zip(first["etkf"], first["triangular"], strict=True):
+        assert b == pytest.approx(a, abs=1e-8)
+    assert not np.allclose(found["triangular"].filtering["x"][:, 0], found["etkf"].filtering["x"][:, 0], atol=1e-3)
+    assert not np.allclose(first["local"][0], first["etkf"][0], atol=1e-3)
+
+
+def test_data_far_away_do_not_count(float64):
+    """Six entries on a line, the first observed: a radius of 0.5 (support 1.82) reaches the first two."""
+
+    def model(y=None):
+        def step(x, y):
+            x = numpyro.deterministic("x", 1.0 * x)
+            numpyro.sample("y", NORMAL(x[:1], 0.1).to_event(1), obs=y)
+            return x, None
+
+        scan(step, numpyro.sample("x0", NORMAL(np.zeros(6), 1.0).to_event(1)), y)
+
+    places = {"coordinates": np.arange(6.0), "data_coordinates": np.zeros(1)}
+    open_line, closed = pf.LETKF(0.5, **places), pf.LETKF(0.5, **places, period=6.0)
+    found = everything(read(model, y=np.array([[2.0]])), {"open": pf.EnKF(5, open_line), "ring": pf.EnKF(5, closed)})
+    changed = {n: np.abs(run.filtering["x"] - run.one_step["x"])[:, 0].max(0) > 1e-9 for n, run in found.items()}
+    assert changed["open"].tolist() == [True, True, False, False, False, False]
+    assert changed["ring"].tolist() == [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("rotating", ["etkf", "denkf", "letkf"])
+def test_rotation_keeps_mean_and_covariance(rotating, float64):
+    analysis = pf.LETKF(2.0) if rotating == "letkf" else rotating
+    methods = {turn: pf.EnKF(6, analysis, rotate=turn) for turn in (False, True)}
+    found = everything(ring(1), {str(k): m for k, m in methods.items()})
+    before, after = (found[k].filtering["x"][:, 0] for k in ("False", "True"))
+    mean, cov = moments(before)
+    turned = moments(after)
+    assert turned[0] == pytest.approx(mean, abs=1e-10)
+    assert turned[1] == pytest.approx(cov, abs=1e-10)
+    assert not np.allclose(before, after, atol=0.01)
+
+
+# -------------------------------------------------------------------------------------------------- inflation
+
+
+def test_inflation_parts_are_their_equations(float64):
+    """One cycle: what each part makes of forecast and analysis."""
+    parts = {
+        "none": pf.NoInflation(),
+        "multiplicative": pf.Multiplicative(1.3),
+        "rtps": pf.RTPS(0.7),
+        "rtpp": pf.RTPP(0.6),
+        "additive": pf.Additive(0.5),
+        "adaptive": pf.Adaptive(sd=0.5, growth=1.1),
+    }
+    space = ring(1)
+    found = everything(space, {n: pf.EnKF(10, inflation=i) for n, i in parts.items()})
+    analysis = {n: run.filtering["x"][:, 0] for n, run in found.items()}
+    forecast, plain = found["none"].one_step["x"][:, 0], analysis["none"]
+    mean, cov = moments(plain)
+    assert analysis["multiplicative"] == pytest.approx(mean + 1.3 * (plain - mean), abs=1e-10)
+    assert analysis["rtps"] == pytest.approx(np.asarray(ensemble_inflation.rtps(forecast, plain, 0.7)), abs=1e-10)
+    spread = [x.std(0, ddof=1) for x in (plain, forecast, analysis["rtps"])]
+    assert spread[2] == pytest.approx(0.3 * spread[0] + 0.7 * spread[1], abs=1e-10)
+    assert analysis["rtpp"] == pytest.approx(mean + 0.4 * (plain - mean) + 0.6 * (forecast - forecast.mean(0)), abs=1e-10)
+    assert analysis["additive"].mean(0) == pytest.approx(mean, abs=1e-10)
+    added = (analysis["additive"] - plain).var(0, ddof=1).sum() / 0.25
+    assert 72 - 5 * 12 < added < 72 + 5 * 12  # chi squared, 8 x 9 degrees of freedom: false alarm 1e-5
+    data = np.asarray(space.arrays[0][0])
+    w = ensemble.whiten(jnp.asarray(forecast), jnp.asarray(data), jnp.ones(8))
+    rho, _ = ensemble_inflation.adaptive_update(jnp.ones(()), jnp.asarray(1.1 * 0.5**2), w)
+    factor = np.sqrt(max(float(rho), 1.0))
+    inflated = forecast.mean(0) + factor * (forecast - forecast.mean(0))
+    assert found["adaptive"].one_step["x"][:, 0] == pytest.approx(inflated, abs=1e-10)
+    weights = np.asarray(ensemble.etkf(ensemble.whiten(jnp.asarray(inflated), jnp.asarray(data), jnp.ones(8))))
+    assert analysis["adaptive"] == pytest.approx(weights @ inflated, abs=1e-10)
+
+
+@pytest.mark.slow
+def test_inflation_keeps_small_ensembles_on_the_truth():
+    """Lorenz-96, ETKF with 20 rotated members loses the truth without inflation, and no part of it does."""
+    from benchmarks import anchors
+
+    parts = [pf.Multiplicative(1.04), pf.RTPS(0.3), pf.RTPP(0.3), pf.Additive(0.1), pf.Adaptive()]
+
+    def score(part):
+        method = pf.EnKF(20, inflation=part, rotate=True, store="moments")
+        return anchors.scores(lorenz96, method, 4, 1000).rmse.mean()
+
+    plain = score(pf.NoInflation())
+    assert plain > 0.5
+    for part in parts:
+        assert score(part) < 0.5 * plain, part
+
+
+# ------------------------------------------------------------------------------------------------- storing
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """One model by the three ways of storing, in float64."""
+    with jax.enable_x64(True):
+        return {s: pf.infer(nile.local_level, method=pf.EnKF(50, store=s), y=NILE, progress=False) for s in pf_stores()}
+
+
+def pf_stores():
+    return ("draws", "moments", "last")
+
+
+def test_moments_are_those_of_the_members(stored):
+    for group in ("filtering", "one_step"):
+        members = stored["draws"][group]["x"].to_numpy()[0]
+        assert members.shape == (50, 30)
+        assert stored["moments"][group]["x"].to_numpy() == pytest.approx(members.mean(0), rel=1e-10)
+        assert stored["moments"][group]["x_sd"].to_numpy() == pytest.approx(members.std(0, ddof=1), rel=1e-10)
+    assert not {"filtering", "one_step"} & set(stored["last"].children)
+    end = stored["draws"]["posterior"]["x"].to_numpy()[0, :, -1]
+    for other in ("moments", "last"):
+        assert stored[other]["posterior"]["x"].to_numpy()[0] == pytest.approx(end, rel=1e-10)
+        assert pf.attributes(stored[other])["log_evidence"] == pf.attributes(stored["draws"])["log_evidence"]
+        assert stored[other]["last_carry"]["state"].to_numpy() == pytest.approx(end[None, :, None], rel=1e-10)
+    assert 0.4 < pf.attributes(stored["draws"])["mean_surprise"] < 1.7  # chi squared of 26, false alarm 5e-3
+
+
+def test_draws_are_members(stored):
+    """Fewer draws thin them; more than there are members are not made up."""
+    members = stored["draws"]["posterior"]["x"].to_numpy()[0]
+    with jax.enable_x64(True):
+        space = read(nile.local_level, y=NILE)
+        few, many = (
+            np.asarray(pf.EnKF(50).trajectories(space.chain(), KEY, n).posterior["x"]) for n in (7, 1000)
+        )
+    assert few.shape == (7, 30)
+    assert many.shape == members.shape == (50, 30)
+    rows = [int(np.flatnonzero((many == row).all(1))[0]) for row in few]
+    assert len(set(rows)) == 7
+    assert {0, 49} <= set(rows)
+
+
+def test_sites_after_the_scan_follow_each_draw(float64):
+    model, args, kwargs = linear.FORMS["deterministic_sites"](SMALL)
+    tree = pf.infer(model, *args, method=pf.EnKF(30, smoother=pf.EnKS(None)), progress=False, **kwargs)
+    posterior = {n: v.to_numpy()[0] for n, v in tree["posterior"].data_vars.items()}
+    assert set(posterior) == {"x0", "x", "signal", "last", "total"}
+    assert posterior["last"] == pytest.approx(posterior["x"][:, -1], abs=1e-10)
+    assert posterior["total"] == pytest.approx(posterior["x"].sum(1), abs=1e-10)
+    assert posterior["signal"] == pytest.approx(posterior["x"] @ SMALL.C.T, abs=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+
+
+def test_forcing_in_the_state():
+    """Truth F = 8.6, prior N(8, 0.5^2): the mean of 8 keys' runs had error AUGMENT_BIAS and sd AUGMENT_SD."""
+    _, y = lorenz96.simulate(jax.random.key(6), 600, size=12, model_noise=0.3, forcing=8.6)
+    method = pf.EnKF(60, inflation=pf.NoInflation(), augment=True, store="last")
+    tree = pf.infer(lorenz96.model_forcing, method=method, y=np.asarray(y), size=12, progress=False)
+    forcing = tree["posterior"]["F"].to_numpy()
+    assert forcing.shape == (1, 60)
+    assert abs(forcing.mean() - 8.6) < 0.3
+    assert 0.0 < forcing.std() < 0.25
