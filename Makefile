@@ -2,6 +2,7 @@
 # To name the interpreter: make PYTHON=/path/to/python3.12 install
 
 BIN := .venv/bin
+PEERS := .venv-peers
 STAMP := .venv/.installed
 WORKERS ?= 2
 REDUCED := PUSHFORWARD_REDUCED=1
@@ -20,7 +21,7 @@ help:
 	@echo "make check       ruff, formatting, pyright"
 	@echo "make docs        the documentation site, into site/"
 	@echo "make notebooks   the notebooks at reduced size, as a check"
-	@echo "make bench       speed"
+	@echo "make bench       speed, against peers in .venv-peers"
 	@echo "make clean       remove what the other targets made"
 
 install: $(STAMP)
@@ -60,9 +61,17 @@ notebooks: $(STAMP)
 notebooks-full: $(STAMP)
 	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench: $(STAMP)
+bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python -m benchmarks.speed
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.state_space
+
+# Peers bring packages that this project does not need, so they have an environment of their own.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	@python=$$(./.ci/find-python) && { [ -x $(PEERS)/bin/python ] || "$$python" -m venv $(PEERS); }
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[bench]' dynamax==1.0.3 dapper==1.8.1
+	@touch $(PEERS)/.installed
 
 clean:
-	rm -rf .venv site out dist .pytest_cache .ruff_cache docs/notebooks
+	rm -rf .venv $(PEERS) site out dist .pytest_cache .ruff_cache docs/notebooks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

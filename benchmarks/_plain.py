@@ -54,10 +54,10 @@ def etkf(E: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
 
 def local(radius: float) -> Callable:
     """The LETKF with symmetric roots, one eigenvalue problem per variable."""
-    apart = jnp.abs(jnp.arange(SIZE)[:, None] - jnp.arange(SIZE))
-    taper = _gaspari_cohn(jnp.minimum(apart, SIZE - apart) / (1.82 * radius))
 
     def letkf(E: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
+        apart = jnp.abs(jnp.arange(SIZE)[:, None] - jnp.arange(SIZE))
+        taper = _gaspari_cohn(jnp.minimum(apart, SIZE - apart) / (1.82 * radius))
         mean, A = _split(E)
         less = len(E) - 1
 

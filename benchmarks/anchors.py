@@ -5,7 +5,8 @@ Every row of the tables of `lorenz96.NUMBERS` and `lorenz63.NUMBERS` that names 
 
 * where scores of 1000 cycles are published with their standard deviation s over 20 seeds, our mean over 4 seeds lies
   within 3 sqrt(s^2 / 4 + s^2 / 20) of them. A true filter fails with probability 0.007 (t with 19 degrees of freedom);
-* elsewhere our mean over 10 seeds of 3000 cycles lies within 5 per cent of the score of long runs.
+* elsewhere our mean over 10 seeds of 3000 cycles lies within 5 per cent of the score of long runs;
+* rows of `PUBLISHED_WORSE` may be lower than that: there the published run does something else, which is said.
 
 Each seed has a truth, data and an ensemble of its own.
 """
@@ -29,6 +30,18 @@ KEY = 20
 SEEDS, CYCLES = 4, 1000
 LONG_SEEDS, LONG_CYCLES = 10, 3000
 LONG_TOLERANCE = 0.05
+
+PUBLISHED_WORSE = {
+    "96 ienks": (
+        "DAPPER lists 0.17 and 0.192 was measured once; six runs of DAPPER 1.8.1 of 2000 cycles gave 0.164 to 0.202, "
+        "mean 0.177 ± 0.006, with spells of 0.2 to 0.3 that ours has not shown in 30 000 cycles."
+    ),
+    "96 extended": (
+        "DAPPER's ExtKF linearises at the state after the step, and as exp(dt J); a plain scan with that tangent gives "
+        "0.236 ± 0.001 (10 x 3000 cycles), with the tangent of the step itself 0.220 ± 0.002 (8 x 1000), as ours."
+    ),
+}
+"""Rows where an exact filter does better than the published one, with the reason."""
 
 
 def _ensemble(anchor: Anchor, analysis: Any = pf.ETKF(), **options: Any) -> pf.EnKF:
@@ -139,10 +152,13 @@ def scores(problem: ModuleType, method: Any, seeds: int, cycles: int, key: int =
         return Scores(*(np.asarray(v) for v in run(truth, y, keys)))
 
 
-def within(row: Row, found: Scores) -> bool:
-    """Whether scores meet the bar."""
-    target, allowed = row.bound
-    return bool(abs(found.rmse.mean() - target) <= allowed)
+def within(label: str, found: Scores) -> str:
+    """ "yes" where scores meet the bar, "better" where they may be lower and are, else "NO"."""
+    target, allowed = ROWS[label].bound
+    difference = found.rmse.mean() - target
+    if abs(difference) <= allowed:
+        return "yes"
+    return "better" if label in PUBLISHED_WORSE and difference < 0 else "NO"
 
 
 def table() -> str:
@@ -162,7 +178,7 @@ def table() -> str:
                 "published rmse / rmv": f"{target:.3f} / {row.anchor.spread or '-'}",
                 "our rmse / rmv": f"{found.rmse.mean():.4f} ± {error:.4f} / {found.spread.mean():.3f}",
                 "bound": f"{allowed:.4f}",
-                "within": "yes" if within(row, found) else "NO",
+                "within": within(label, found),
                 "runs": f"{seeds} x {cycles}",
                 "s": f"{time.perf_counter() - start:.0f}",
             }
@@ -180,6 +196,7 @@ def main() -> None:
         "error over our seeds. The bound is 3 standard errors of the difference where scores of 1000 cycles are "
         "published (false alarm 0.007 a row), else 5 % of the score of long runs. Seconds include compilation."
     )
+    text += "".join(f"\n\nLorenz-{label}: {reason}" for label, reason in PUBLISHED_WORSE.items())
     text += f"\n\nIn all {time.perf_counter() - start:.0f} s on {jax.devices()[0].platform}."
     _report.write("anchors", text)
 

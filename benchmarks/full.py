@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import pushforward as pf
-from benchmarks import _report
+from benchmarks import _report, anchors
 from pushforward.problems import bod, problem
 
 METHODS = {
@@ -118,6 +118,7 @@ def main() -> None:
     text += "\n\nReference: NUTS in z, 4 x 5000 draws at target acceptance 0.99 (lynx_hare 4 x 2000 at 0.8)."
     text += f"\n\nIn all {time.perf_counter() - start:.0f} s on {jax.devices()[0].platform}."
     _report.write("full", text)
+    anchors.main()
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _check_problem(problem: InverseProblem, observed: Any) -> list[str]:
     return check_data(problem)
 
 
-def _choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, StateMethod | None, str]:
+def _choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
     """The instances of method and state method, and for "auto" the reason of the choice."""
     reason = ""
     if isinstance(states, str) and states in NAMES:
@@ -249,7 +249,9 @@ def _usage_warnings(method: Method, runner: Runner) -> list[str]:
     notes = []
     if runner.checkpoint is not None and not runner.checkpoint.exists():
         notes.append("it runs in one piece, so checkpoint= was not used.")
-    if runner.mesh is not None and method.shards == "draws":
+    if runner.mesh is not None and isinstance(method, StateMethod):
+        notes.append("mesh= was not used: a state method runs on one device in this version.")
+    elif runner.mesh is not None and method.shards == "draws":
         notes.append("mesh= splits only the evaluation of its draws; the run itself used one device.")
     return notes
 

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,11 @@ from pushforward import posterior
 from pushforward._errors import MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
+from pushforward.methods import NAMES
 from pushforward.methods._base import Draws, Method, count
 from pushforward.methods._state import StateDraws, StateMethod
 from pushforward.methods.kalman import Kalman
+from pushforward.model._fingerprint import array_digest
 from pushforward.model.inverse import InverseProblem
 from pushforward.model.marginal import marginal
 from pushforward.model.state_space import StateSpace, read_state_space
@@ -62,9 +65,11 @@ def check_alone(method: StateMethod, problem: InverseProblem) -> StateSpace:
 def check_given(states: Any, method: Method, problem: InverseProblem) -> StateSpace:
     """The same for `states=`, a state method under a method for the parameters."""
     if inspect.isclass(states) or not isinstance(states, StateMethod):
-        given = states.__name__ if inspect.isclass(states) else type(states).__name__
+        given = states.__name__ if inspect.isclass(states) else repr(states)
+        names = [name for name, kind in NAMES.items() if issubclass(kind, StateMethod)]
         raise MethodError(
-            f"states= takes an instance of a state method, such as pf.Kalman() or pf.EnKF(members=100); got {given}."
+            "states= takes an instance of a state method, such as pf.Kalman() or pf.EnKF(members=100), or one of "
+            f"{names}; got {given}."
         )
     name = type(states).__name__
     if isinstance(method, StateMethod):
@@ -93,9 +98,17 @@ def _check_fit(method: StateMethod, space: StateSpace) -> None:
         raise MethodError(f"{type(method).__name__} does not fit this model: {reason}.")
 
 
+def _content(method: StateMethod) -> tuple:
+    """Options and arrays of a method, by content (a repr shows no values of arrays)."""
+    leaves, tree = jax.tree.flatten(method)
+    return (tree, *((array_digest(v) if eqx.is_array(v) else v) for v in leaves))
+
+
 def marginal_problem(space: StateSpace, states: StateMethod, key: Key) -> InverseProblem:
     """The model of the parameters with the trajectory integrated out by a state method."""
-    return marginal(space, states.log_likelihood, key, repr(states))
+    # What a method asks of the program's data flow is answered once, before the model is traced.
+    _check_fit(states, space)
+    return marginal(space, states.log_likelihood, key, _content(states))
 
 
 def run_alone(
@@ -152,7 +165,7 @@ def _moments(part: dict[str, Array]) -> Moments:
 
 def _outcome(found: StateDraws) -> Outcome:
     """Whether the run gave finite values."""
-    leaves = [found.log_evidence, *jax.tree.leaves(found.posterior)]
+    leaves = [found.log_evidence, *jax.tree.leaves((found.posterior, found.log_prior, found.log_likelihood))]
     good = all(np.isfinite(np.asarray(v)).all() for v in leaves if np.asarray(v).dtype.kind == "f")
     return Outcome.SUCCESS if good else Outcome.NONFINITE
 

@@ -63,7 +63,9 @@ class Labels:
                 )
             return given
         read = self.sites[variable].dims if variable in self.sites else ()
-        read = read if len(read) == len(shape) else (None,) * len(shape)
+        # A density has the axes of its site but for those of the event.
+        whole = variable in self.sites and tuple(shape) == tuple(self.sites[variable].shape[: len(shape)])
+        read = read[: len(shape)] if whole else (None,) * len(shape)
         names = []
         for axis, (dim, size) in enumerate(zip(read, shape, strict=True)):
             free = dim is not None and dim not in self.sites and dim not in _SAMPLE and dim not in names

@@ -94,17 +94,20 @@ def filter_constant(
     return ConstantFiltered(log_likelihood, means, cov, full_steps)
 
 
-def _gain(system: _System, cov: Array, present: Array | None) -> tuple[Array, Array, Array]:
-    """Factor of S, C S^-T/2 and the next covariance; missing data become independent of all else, of variance 1."""
-    n = cov.shape[0]
-    m = system.maps.shape[0] - n
+def _gain(system: _System, cov: Array, innovation: Array, present: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Factor F of S, C F^-T, the next covariance, and F^-1 innovation.
+
+    Missing data become independent of all else, of variance 1.
+    """
+    m = innovation.shape[0]
     joint = (system.maps @ cov) @ system.maps.T + system.noise
+    top, rest = joint[:m, :m], joint[m:, :m]
     if present is not None:
-        kept = jnp.concatenate([present, jnp.ones(n, present.dtype)])
-        joint = joint * (kept[:, None] * kept[None]) + jnp.diag(1.0 - kept)
-    columns = eliminate(joint, m)
-    below = columns[m:]
-    return columns[:m], below, symmetric(joint[m:, m:] - below @ below.T)
+        top, rest = top * (present[:, None] * present) + jnp.diag(1.0 - present), rest * present
+    # The innovation is one row more to eliminate, which saves a triangular solve.
+    columns = eliminate(jnp.concatenate([top, rest, innovation[None]]), m)
+    below = columns[m:-1]
+    return columns[:m], below, symmetric(joint[m:, m:] - below @ below.T), columns[-1]
 
 
 def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
@@ -113,10 +116,8 @@ def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
 
     def move(carry, now: _Input):
         mean, cov = carry
-        factor, below, cov = _gain(system, cov, now.present)
         predicted = system.maps @ mean
-        innovation = now.y - now.present * predicted[:m]
-        white = solve_factor(factor, innovation[:, None], transposed=False)[:, 0]
+        factor, below, cov, white = _gain(system, cov, now.y - now.present * predicted[:m], now.present)
         mean = predicted[m:] + now.b + below @ white
         term = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(white**2)
         return (mean, cov), (term, mean)
@@ -155,7 +156,7 @@ def _chunks(system: _System, start: tuple[Array, Array], inputs: _Input, head: i
 def _steady(system: _System, mean: Array, cov: Array, inputs: _Input, start: Array) -> tuple[Array, Array]:
     """Log likelihood and means of the times after `start`, zero before, with the gain at `cov`."""
     length, m = inputs.y.shape
-    factor, below, _ = _gain(system, cov, None)
+    factor, below, *_ = _gain(system, cov, jnp.zeros(m, cov.dtype), None)
     gain = solve_factor(factor, below.T, transposed=True).T
     H, A = system.maps[:m], system.maps[m:]
     later = jnp.arange(length)[:, None] >= start

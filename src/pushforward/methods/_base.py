@@ -67,7 +67,7 @@ class Method(eqx.Module):
             runner: compiles, times, shows progress and checkpoints.
         """
 
-    def why_not(self, problem: InverseProblem) -> str | None:
+    def why_not(self, problem: Any) -> str | None:
         """Why the method does not fit the problem, or None where it does."""
         return None
 
@@ -102,6 +102,13 @@ def check_choice(owner: str, choices: Mapping[str, str] | tuple[str, ...], **opt
     for name, value in options.items():
         if value not in tuple(choices):
             raise MethodError(f"{owner}({name}=...) takes one of {list(choices)}; got {value!r}.")
+
+
+def check_boolean(owner: str, **options: Any) -> None:
+    """Refuse options that are not True or False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise MethodError(f"{owner}({name}=...) takes True or False; got {value!r}.")
 
 
 def outcome_of(finite: Array, converged: Array | bool = True) -> Array:

@@ -1,6 +1,6 @@
 """The Kalman filter of a chain whose step falls into independent blocks: one small filter for each, side by side."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ class BlockSeries(NamedTuple):
     varying: Varying
 
     @property
-    def axes(self) -> Step:
-        """Where the block axis of each leaf of the steps is."""
-        return Step(*(int(varies) for varies in self.varying))
+    def axes(self) -> Any:
+        """Where the block axis of each leaf of the steps is, as `jax.vmap` takes it."""
+        where: list[Any] = [int(varies) for varies in self.varying]
+        return Step(*where)
 
 
 def block_series(chain: Chain, found: Blocks, known: Facts) -> BlockSeries:

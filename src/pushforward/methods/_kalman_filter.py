@@ -89,7 +89,7 @@ def follow(chain: Chain, linearization: Linearization, growth: float) -> Followe
     return Followed(first, noise, before, Filtered(jnp.sum(out[0]), *out[1:]), noises, last)
 
 
-def evidence(chain: Chain, linearization: Linearization, growth: float) -> Array:
+def log_evidence(chain: Chain, linearization: Linearization, growth: float) -> Array:
     """log p(data) by the loop of `follow`, of which nothing is kept; memory of its gradient is O(sqrt T)."""
     first, _, riders = begin(chain, chain.initial_dimension)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.methods import _ensemble_filter
-from pushforward.methods._base import Draws, check_choice, check_integer
+from pushforward.methods._base import Draws, check_boolean, check_choice, check_integer
 from pushforward.methods._ensemble_filter import Cycle, Ensemble, Filter, Layout
 from pushforward.methods._ensemble_parts import (
     ANALYSES,
@@ -94,6 +94,7 @@ class EnKF(StateMethod):
     def __check_init__(self):
         check_integer("EnKF", 2, members=self.members)
         check_choice("EnKF", STORES, store=self.store)
+        check_boolean("EnKF", augment=self.augment, rotate=self.rotate)
         kinds = {
             "analysis": (Analysis, "pf.ETKF()"),
             "inflation": (Inflation, "pf.Multiplicative(1.02)"),
@@ -191,7 +192,8 @@ class EnKF(StateMethod):
             groups = [columns.values(jnp.swapaxes(part[:, rows], 0, 1)) for part in (kept.analysis, kept.forecast)]
         else:
             posterior = columns.values(analysis) | _joined(chain, end.members)
-            groups = list(kept) if store == "moments" else [{}, {}]
+            swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in kept]
+            groups = swapped if store == "moments" else [{}, {}]
         posterior = jax.tree.map(lambda v: v[rows], posterior)
         return StateDraws(posterior, *groups, {}, {}, last, evidence, summary)
 
@@ -295,9 +297,15 @@ def later_weights(weights: Array, lag: int | None) -> Array:
 
         _, found = jax.lax.scan(back, unit, weights, reverse=True)
         return jnp.concatenate([found, unit[None]])
-    padded = jnp.concatenate([weights, jnp.broadcast_to(unit, (lag + 1, *unit.shape))])
-
-    def deeper(j: Array, product: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(padded, j, length + 1) @ product
-
-    return jax.lax.fori_loop(0, lag, deeper, jnp.broadcast_to(unit, (length + 1, *unit.shape)))
+    # Products over 1, 2, 4, ... steps: log2(lag) of them make all windows.
+    window = jnp.concatenate([weights, jnp.broadcast_to(unit, (lag, *unit.shape))])
+    found, covered, steps = jnp.broadcast_to(unit, (length + 1, *unit.shape)), 0, 1
+    while covered < lag:
+        if lag & steps:
+            part = window[covered : covered + length + 1]
+            found = part @ found if covered else part
+            covered += steps
+        if covered < lag:
+            window = window[steps:] @ window[:-steps]
+            steps *= 2
+    return found

@@ -10,7 +10,7 @@ from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.math import kalman, kalman_parallel, kalman_steady
 from pushforward.methods import _linearization
-from pushforward.methods._base import check_choice, check_positive
+from pushforward.methods._base import check_boolean, check_choice, check_positive
 from pushforward.methods._kalman_blocks import block_draws, block_log_likelihood
 from pushforward.methods._kalman_filter import (
     AllDraws,
@@ -21,6 +21,7 @@ from pushforward.methods._kalman_filter import (
     follow,
     joint_moments,
     linear_series,
+    log_evidence,
 )
 from pushforward.methods._linearization import Exact, Linearization, root
 from pushforward.methods._state import STORES, StateDraws, StateMethod
@@ -95,6 +96,7 @@ class Kalman(StateMethod):
         check_positive("Kalman", inflation=self.inflation, time_step=self.time_step)
         check_choice("Kalman", _SCHEDULES, schedule=self.schedule)
         check_choice("Kalman", STORES, store=self.store)
+        check_boolean("Kalman", augment=self.augment)
         if self.schedule == "parallel" and not (isinstance(self.linearization, Exact) and self.inflation == 1.0):
             raise MethodError(
                 "Kalman(schedule='parallel') needs steps that are known before filtering: use it with pf.Exact() and "
@@ -131,22 +133,17 @@ class Kalman(StateMethod):
         parts = self._blocks(chain)
         if parts is not None:
             return block_log_likelihood(chain, parts, _facts(chain))
-        series = self._series(chain)
+        parallel = self._parallel(chain.structure.length)
+        # Steps that vary are linearised one by one: all of them at once would fill memory and take longer.
+        series = self._series(chain) if parallel or (self.exact and _facts(chain).constant) else None
         if series is None:
-            found = follow(chain, self.linearization, self._growth)
-            value = found.first.log_likelihood + found.filtered.log_likelihood
+            return log_evidence(chain, self.linearization, self._growth)
+        start, known = (series.first.mean, series.first.cov), series.varying
+        if parallel:
+            rest = kalman_parallel.filter_series_parallel(*start, series.steps, series.data, varying=known)
         else:
-            start, known = (series.first.mean, series.first.cov), series.varying
-            if self._parallel(chain.structure.length):
-                rest = kalman_parallel.filter_series_parallel(
-                    *start, series.steps, series.data, varying=known
-                ).log_likelihood
-            elif not (known.A or known.R):
-                rest = kalman_steady.filter_constant(*start, series.steps, series.data, steady=steady).log_likelihood
-            else:
-                rest = kalman.filter_series(*start, series.steps, series.data, varying=known).log_likelihood
-            value = series.first.log_likelihood + rest
-        return value
+            rest = kalman_steady.filter_constant(*start, series.steps, series.data, steady=steady)
+        return series.first.log_likelihood + rest.log_likelihood
 
     def _blocks(self, chain: Chain) -> Blocks | None:
         """Independent blocks, where the model is linear and has plates in its step."""

@@ -209,7 +209,8 @@ def _stopped(error: Exception, reached: list[str], arrays: tuple) -> ModelError:
     if isinstance(error, jax.errors.UnexpectedTracerError):
         return _hidden(reached)
     shapes = ", ".join(str(tuple(a.shape)) for a in arrays) or "none"
-    said = (str(error).splitlines() or [""])[0].rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
     return ModelError(
         f"the model stopped {_place(reached)} with {type(error).__name__}: {said}. "
         f"Look at the statement that follows, and at the shapes of the arguments (arrays of shape {shapes} were given)."

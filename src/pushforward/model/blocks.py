@@ -96,7 +96,7 @@ def _links(fn: Any, size: int) -> np.ndarray:
     """Whether each output depends on each input: shape (outputs, inputs)."""
     program = jax.make_jaxpr(fn)(jnp.zeros(size))
     if not size:
-        return np.zeros((program.out_avals[0].size, 0), bool)
+        return np.zeros((jax.eval_shape(fn, jnp.zeros(size)).size, 0), bool)
 
     def poisoned(i: Array) -> Array:
         return jnp.isnan(_follow(program.jaxpr, program.consts, [jnp.zeros(size).at[i].set(jnp.nan)])[0])
@@ -112,12 +112,12 @@ def _follow(jaxpr: Any, consts: Any, inputs: list) -> list:
         return v.val if isinstance(v, jex.Literal) else known[id(v)]
 
     for equation in jaxpr.eqns:
-        found = _evaluate(equation, [read(v) for v in equation.invars])
+        found = _evaluate(jaxpr, equation, [read(v) for v in equation.invars])
         known |= {id(v): x for v, x in zip(equation.outvars, found, strict=True)}
     return [read(v) for v in jaxpr.outvars]
 
 
-def _evaluate(equation: Any, values: list) -> list:
+def _evaluate(jaxpr: Any, equation: Any, values: list) -> list:
     name, params = equation.primitive.name, equation.params
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if name in _CALLS and inner is not None:
@@ -125,7 +125,10 @@ def _evaluate(equation: Any, values: list) -> list:
     if name == "select_n" and _is_float(values[1]):
         return [sum(values[2:], start=values[1])]
     own = {id(v): (v, x) for v, x in zip(equation.invars, values, strict=True) if not isinstance(v, jex.Literal)}
-    alone = jex.Jaxpr((), [v for v, _ in own.values()], equation.outvars, [equation], equation.effects)
+    alone = jaxpr.replace(
+        constvars=[], invars=[v for v, _ in own.values()], outvars=equation.outvars, eqns=[equation],
+        effects=equation.effects,
+    )  # fmt: skip
     found = list(jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*(x for _, x in own.values())))
     spreads = name in _INDEXED or any(_holds_program(p) for p in jax.tree.leaves(params, is_leaf=_holds_program))
     if not spreads:
