@@ -101,12 +101,13 @@ def test_filter_smoother_and_evidence_tend_to_kalman_at_root_n(name, float64):
         assert small < (0.3 if what != "evidence" else 0.6), what
 
 
-@pytest.mark.parametrize("form", ["dense_noise_missing", pytest.param("observed_start", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["missing", pytest.param("observed_start", marks=pytest.mark.slow)])
 def test_analyses_tend_to_the_exact_likelihood(form, float64):
-    """`log_likelihood`, also by the default method's gradient-ready way, at N = 300 over 8 keys.
+    """`log_likelihood` at N = 300 over 32 keys.
 
-    The mean's standard error is sd / sqrt(8) with sd from the same keys: |t| with 7 degrees of freedom above 9 has
-    probability 4e-5. DEnKF's anomalies keep a quarter of K H P H^T K^T too much, so that it converges elsewhere.
+    The mean's standard error is sd / sqrt(32) with sd from the same keys: |t| with 31 degrees of freedom above 5.5 has
+    probability 5e-6; 0.05 is for the bias of order 1 / N. DEnKF keeps a quarter of K H P H^T K^T too much, so that it
+    converges elsewhere.
     """
     space, exact = space_and_law(form)
     names = ("etkf", "serial", "perturbed", "finite_size", "denkf")
@@ -116,21 +117,20 @@ def test_analyses_tend_to_the_exact_likelihood(form, float64):
     def values(key):
         return jnp.stack([pf.EnKF(300, n).log_likelihood(space.chain(), key) for n in names])
 
-    found = np.asarray(values(jax.random.split(KEY, 8)))
+    found = np.asarray(values(jax.random.split(KEY, 32)))
     error, spread = found.mean(0) - exact.log_evidence(), found.std(0, ddof=1)
     assert np.all(spread < 0.5)
-    assert np.all(np.abs(error[:4]) < 9 * spread[:4] / np.sqrt(8) + 0.01)
+    assert np.all(np.abs(error[:4]) < 5.5 * spread[:4] / np.sqrt(32) + 0.05)
     assert np.abs(error[4]) < 1.0
 
 
 def test_gradient_of_the_likelihood(float64):
     """Given the key it is a smooth function of the parameter: derivative against differences."""
     space = read(local_linear.model, y=local_linear.DATA)
-    for analysis in ("etkf", "perturbed"):
-        method = pf.EnKF(20, analysis)
-        value = jax.jit(jax.value_and_grad(lambda u, m=method: m.log_likelihood(space.chain({"u": u}), KEY)))
-        slope = float(value(-0.4)[1])
-        assert slope == pytest.approx(float(value(-0.4 + 1e-5)[0] - value(-0.4 - 1e-5)[0]) / 2e-5, rel=1e-6)
+    method = pf.EnKF(20, "perturbed")
+    value = jax.jit(jax.value_and_grad(lambda u: method.log_likelihood(space.chain({"u": u}), KEY)))
+    difference = float(value(-0.4 + 1e-5)[0] - value(-0.4 - 1e-5)[0]) / 2e-5
+    assert float(value(-0.4)[1]) == pytest.approx(difference, rel=1e-6)
 
 
 # -------------------------------------------------------------------------------- linear dynamics without noise
@@ -168,9 +168,9 @@ def test_linear_without_noise_all_smoothers_agree(float64):
         assert float(run.log_evidence) == pytest.approx(float(found["filter"].log_evidence), abs=1e-10), name
     assert np.array_equal(found["filter"].posterior["x"], found["filter"].filtering["x"])
     assert found["iterative"].posterior["x"] == pytest.approx(found["one"].posterior["x"], abs=1e-10)
-    for t in range(5):  # lag 2: what all data up to two steps later say
-        part = everything(read(still, y=STILL_DATA[: t + 3]), {"all": methods["all"]})["all"] if t < 3 else found["all"]
-        assert found["two"].posterior["x"][:, t] == pytest.approx(part.posterior["x"][:, t], abs=1e-10)
+    part = everything(read(still, y=STILL_DATA[:4]), {"all": methods["all"]})["all"]
+    for t, seen in ((1, part), (3, found["all"]), (4, found["all"])):  # lag 2: all data up to two steps later
+        assert found["two"].posterior["x"][:, t] == pytest.approx(seen.posterior["x"][:, t], abs=1e-10)
     x = found["all"].posterior["x0"]
     for t in range(5):
         x = x @ A.T + OFFSET
@@ -381,11 +381,11 @@ def test_forcing_in_the_state():
     assert tree["posterior"]["x"].shape == (1, 400, 12)
 
 
-GRID = local_linear.MEAN_U + local_linear.SD_U * np.linspace(-4.5, 4.5, 19)
+GRID = local_linear.MEAN_U + local_linear.SD_U * np.arange(-4.0, 5.0)
 
 
 def means_of_u(members, keys, **options):
-    """Posterior mean of u for each key (common random numbers), by the trapezoid rule."""
+    """Posterior mean of u for each key (common random numbers), by the trapezoid rule with steps of one sd."""
     space = read(local_linear.model, y=local_linear.DATA)
 
     def one(key):
@@ -393,19 +393,23 @@ def means_of_u(members, keys, **options):
         weights = jax.nn.softmax(values + NORMAL(-0.5, 0.5).log_prob(GRID))
         return weights @ GRID
 
-    run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=8))
+    run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=max(1, 320 // members)))
     return np.asarray(run(jax.random.split(jax.random.key(members), keys)))
 
 
 @pytest.mark.slow
 def test_bias_of_a_parameter_falls_as_one_over_n(float64):
-    """The posterior mean of u: slope -1 in N, and below 0.1 sd at N = 640."""
-    sizes = np.array([40, 160, 640])
-    found = [means_of_u(n, k) for n, k in zip(sizes, (4000, 4000, 1500), strict=True)]
+    """The posterior mean of u: slope -1 in N, and below 0.1 sd at N = 640.
+
+    The biases are about 9.4 sd / N, known to 5, 14 and 75 per cent with these numbers of keys, the slope to 0.1.
+    """
+    sizes = (40, 160, 640)
+    found = [means_of_u(n, k) for n, k in zip(sizes, (600, 300, 40), strict=True)]
     bias = np.array([m.mean() for m in found]) - local_linear.MEAN_U
     error = np.array([m.std(ddof=1) / len(m) ** 0.5 for m in found])
     slope, slope_error = weighted_slope(np.log(sizes), np.log(np.abs(bias)), error / np.abs(bias))
     print(bias / local_linear.SD_U, error / local_linear.SD_U, slope, slope_error)
+    assert slope_error < 0.15
     assert abs(bias[-1]) < 0.1 * local_linear.SD_U
     assert slope == pytest.approx(-1.0, abs=0.3)
 

@@ -103,7 +103,7 @@ def _gain(system: _System, cov: Array, innovation: Array, present: Array | None)
     joint = (system.maps @ cov) @ system.maps.T + system.noise
     top, rest = joint[:m, :m], joint[m:, :m]
     if present is not None:
-        top, rest = top * (present[:, None] * present) + jnp.diag(1.0 - present), rest * present
+        top, rest = top * (present[:, None] * present[None]) + jnp.diag(1.0 - present), rest * present[None]
     # The innovation is one row more to eliminate, which saves a triangular solve.
     columns = eliminate(jnp.concatenate([top, rest, innovation[None]]), m)
     below = columns[m:-1]

@@ -206,18 +206,19 @@ class Filter(eqx.Module):
         self, chain: Chain, columns: Layout, before: Ensemble, t: Array, keys: Key
     ) -> tuple[Ensemble, Cycle]:
         """Gauss-Newton on the ensemble one step back, which is then moved through the model."""
-        assert isinstance(self.smoother, IterativeEnKS)
+        smoother = self.smoother
+        assert isinstance(smoother, IterativeEnKS)
         still = jnp.zeros((self.size, chain.noise_dimension))
         first = before.members
         moved = self.move(chain, before, t, still)
         data, variances = moved.observed.data[0], jnp.mean(moved.observed.noise, 0)
         w = whiten(moved.observed.mean, data, variances)
-        unchanged = self.smoother.tolerance
+        unchanged = smoother.tolerance
 
         def going(state: tuple) -> Array:
             i, iterate = state
             change = jnp.sqrt(jnp.mean(iterate.increment**2))
-            return (i < self.smoother.iterations) & ((i == 0) | (change > unchanged))
+            return (i < smoother.iterations) & ((i == 0) | (change > unchanged))
 
         def improve(state: tuple) -> tuple:
             i, iterate = state
@@ -264,7 +265,7 @@ def places(columns: Layout, size: int) -> Array:
     return jnp.asarray(found)
 
 
-def _inflate(members: Array, factor: Array) -> Array:
+def _inflate(members: Array, factor: Array | float) -> Array:
     mean = jnp.mean(members, 0)
     return mean + factor * (members - mean)
 

@@ -345,7 +345,7 @@ class IterativeEnKS(Smoother):
         check_positive("IterativeEnKS", tolerance=self.tolerance)
 
 
-ANALYSES = {
+ANALYSES: dict[str, type[Analysis]] = {
     "perturbed": Perturbed,
     "etkf": ETKF,
     "denkf": DEnKF,

@@ -128,7 +128,13 @@ class Cubature(Linearization):
         return _regressed(chain, mean, cov, riders, step, points)
 
 
-NAMES = {"exact": Exact, "extended": Extended, "iterated": Iterated, "unscented": Unscented, "cubature": Cubature}
+NAMES: dict[str, type[Linearization]] = {
+    "exact": Exact,
+    "extended": Extended,
+    "iterated": Iterated,
+    "unscented": Unscented,
+    "cubature": Cubature,
+}
 
 
 def _regressed(

@@ -168,17 +168,14 @@ class EnKF(StateMethod):
         start, noise, weights = self.filter.start(chain, first)
         columns = _ensemble_filter.layout(chain, store == "draws" and _ensemble_filter.needs_returned(chain.structure))
 
-        def move(before: Ensemble, t: Array) -> tuple[Ensemble, Any]:
-            after, cycle = self.filter.cycle(chain, columns, before, t, jax.random.fold_in(second, t))
+        def move(carry: tuple[Ensemble, Array], t: Array) -> tuple[tuple[Ensemble, Array], Any]:
+            after, cycle = self.filter.cycle(chain, columns, carry[0], t, jax.random.fold_in(second, t))
             return (after, cycle.analysis), _kept(columns, cycle, store)
-
-        def next_one(carry: tuple, t: Array) -> tuple[tuple, Any]:
-            return move(carry[0], t)
 
         size = columns.n + sum(_column_sizes(columns))
         blank = jnp.zeros((self.members, size), start.members.dtype)
         times = jnp.arange(chain.structure.length)
-        (end, analysis), kept = jax.lax.scan(next_one, (start, blank), times)
+        (end, analysis), kept = jax.lax.scan(move, (start, blank), times)
         rows = jnp.linspace(0, self.members - 1, min(draws, self.members)).round().astype(int)
         if draws == 1:
             rows = jax.random.randint(third, (1,), 0, self.members)
@@ -195,7 +192,7 @@ class EnKF(StateMethod):
             swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in kept]
             groups = swapped if store == "moments" else [{}, {}]
         posterior = jax.tree.map(lambda v: v[rows], posterior)
-        return StateDraws(posterior, *groups, {}, {}, last, evidence, summary)
+        return StateDraws(posterior, groups[0], groups[1], {}, {}, last, evidence, summary)
 
     def _smoothed(
         self, chain: Chain, columns: Layout, kept: Cycle, begun: tuple[Array, Array], end: Ensemble, key: Key

@@ -284,4 +284,4 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
         values = {k: v for k, v in values.items() if k in final.sites or k in chain.joined}
     swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in (filtering, one_step)]
     evidence = total + chain.static_log_likelihood()
-    return StateDraws(values, *swapped, {}, {}, (final.state, each(last_riders, draws)), evidence, {})
+    return StateDraws(values, swapped[0], swapped[1], {}, {}, (final.state, each(last_riders, draws)), evidence, {})
