@@ -496,3 +496,17 @@ def test_a_scan_is_told_from_a_cond():
     with handlers.seed(rng_seed=0):
         listener()
     assert not _trace.is_scan(listener.arrived[0])
+
+
+def test_a_site_after_a_scan_that_returns_nothing_reads_the_last_carry():
+    def model(y):
+        def step(x, y):
+            x = numpyro.sample("x", dist.Normal(x, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+            return x, None
+
+        last, _ = scan(step, numpyro.sample("x0", dist.Normal(0, 1)), y)
+        numpyro.deterministic("end", 2 * last)
+
+    tree = pf.infer(model, method=pf.Kalman(), draws=5, y=np.array([1.0, 2.0, 0.5]))
+    np.testing.assert_allclose(tree["posterior"]["end"], 2 * tree["posterior"]["x"][..., -1], rtol=1e-5)

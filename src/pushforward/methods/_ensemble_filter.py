@@ -285,5 +285,5 @@ def _mend(forecast: Array, predicted: Array, key: Key) -> tuple[Array, Array, Ar
 
 
 def needs_returned(s: ChainStructure) -> bool:
-    """Whether a site outside the scan follows from what the scan returned."""
-    return any(k[0] == "stacked" for n in s.around.shapes["values"] for k in s.around.sources("values", n))
+    """Whether a site outside the scan follows from what the scan returned or from its last carry."""
+    return any(k[0] in ("stacked", "last") for n in s.around.shapes["values"] for k in s.around.sources("values", n))

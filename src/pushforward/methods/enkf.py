@@ -15,6 +15,7 @@ from pushforward.methods._ensemble_parts import (
     ANALYSES,
     ETKF,
     LETKF,
+    Adaptive,
     Analysis,
     EnKS,
     Inflation,
@@ -107,6 +108,12 @@ class EnKF(StateMethod):
             raise MethodError(
                 "EnKF(smoother=pf.IterativeEnKS()) has an analysis of its own, a symmetric square root. Leave "
                 f"analysis= at pf.ETKF(); got {self.analysis!r}."
+            )
+
+        if isinstance(self.smoother, IterativeEnKS) and isinstance(self.inflation, Adaptive):
+            raise MethodError(
+                "EnKF(smoother=pf.IterativeEnKS(), inflation=pf.Adaptive()) do not go together: the iterative smoother "
+                "has no forecast to inflate. Use pf.Multiplicative(1.02)."
             )
 
     @property
@@ -203,7 +210,7 @@ class EnKF(StateMethod):
         smooth = jax.vmap(lambda w, x: _ensemble_filter.apply(w, x, columns))(later[1:], kept.analysis)
         values = columns.values(jnp.swapaxes(smooth, 0, 1))
         outside = self._outside(chain, columns, later[0], begun)
-        if columns.returned:
+        if _ensemble_filter.needs_returned(chain.structure):
             tree = jax.tree.structure(chain.structure.body.shapes["returned"])
             back = columns.back(jnp.swapaxes(smooth, 0, 1), tree)
             late = jax.random.normal(key, (self.members, chain.late_dimension))

@@ -162,7 +162,7 @@ class Chain(eqx.Module):
         outer = self.at(initial[:k]).outer | _cut(s, s.initial, initial[k:])
         if late is not None:
             outer |= _cut(s, s.late, late)
-        scanned = nothing(s) if returned is None else {"last": last, "stacked": returned}
+        scanned = nothing(s) if last is None else {"last": last, "stacked": returned}
         return s.around(arrays=self.arrays, outer=outer, **scanned)
 
     def start(self, initial: Array) -> tuple[Array, list[Array], Observed]:
