@@ -46,3 +46,12 @@ def regression():
 def series():
     """The model `walk` with five data."""
     return walk, {"y": np.array([0.5, 1.0, 0.2, -0.4, 0.1])}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow what `thorough.txt` lists: variants of tests whose first kind is in the fast suite."""
+    listed = (config.rootpath / "tests" / "thorough.txt").read_text().splitlines()
+    listed = tuple(line for line in listed if line and not line.startswith("#"))
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(listed):
+            item.add_marker(pytest.mark.slow)

@@ -23,6 +23,13 @@ SCHEMES = {
     "rescaled": lambda w: ensemble.perturbed_rescaled(w, jax.random.key(3)),
     "finite_size": ensemble_iterative.finite_size,
 }
+
+
+def thorough(value, slow):
+    """A parameter that is left to the full run where the fast tests have enough of its kind."""
+    return pytest.param(value, marks=pytest.mark.slow) if slow else value
+
+
 NOISES = ["variances", "covariance"]
 inflation_square = jax.jit(ensemble_iterative.inflation_square)
 
@@ -163,7 +170,9 @@ def test_rows_sum_to_one(scheme, shape):
     close(weights_of(scheme, predicted, data, noise).sum(1), 1.0, 1e-12)
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((7, 30), "covariance"), ((20, 22), "variances")])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((7, 30), "covariance"), pytest.param((20, 22), "variances", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scheme", ["etkf", "denkf", "serial", "rotated", "finite_size"])
 def test_missing_data_drop_out(scheme, shape, kind):
     _, predicted, data, noise, _ = problem(*shape, kind)
@@ -207,6 +216,7 @@ def test_log_likelihood_is_the_dense_one(shape, kind, gaps):
     close(actual, expected)
 
 
+@pytest.mark.slow
 def test_enkf_tends_to_kalman_at_root_n():
     # Slope of the rms error of the analysis mean over N = 16 .. 1024 with 400 keys; its sd is about .03, so 5 sd.
     truth_cov, noise, data = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([0.5]), np.array([1.5])
@@ -253,6 +263,7 @@ def test_rotation_is_haar():
         assert np.abs(z).max() < 5
 
 
+@pytest.mark.slow
 def test_rotated_etkf_has_the_law_of_rotation_after_etkf():
     # Means and second moments of all weights over keys; 98 z values below 5: false alarm in 1e4 runs.
     _, predicted, data, noise, _ = problem(7, 9)
@@ -377,7 +388,7 @@ def dual_minimum(predicted, data, noise):
 
 
 @pytest.mark.parametrize("stretch", [0.3, 1.0, 5.0, 40.0])
-@pytest.mark.parametrize("shape", [(6, 3), (7, 30), (24, 40)])
+@pytest.mark.parametrize("shape", [(6, 3), (7, 30), pytest.param((24, 40), marks=pytest.mark.slow)])
 def test_finite_size_minimises_the_dual_cost(shape, stretch):
     x, predicted, data, noise, _ = problem(*shape)
     data = predicted.mean(0) + stretch * (data - predicted.mean(0))
@@ -544,8 +555,8 @@ def differences(function, argument, h=1e-5):
     return gradient
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (5, 9)])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [pytest.param((5, 2), marks=pytest.mark.slow), (5, 9)])
+@pytest.mark.parametrize("scheme", [thorough(s, s not in ("etkf", "finite_size")) for s in SCHEMES])
 def test_gradients_are_those_of_differences(scheme, shape):
     # N - 1 - m eigenvalues of I + S S^T are equal to 1: an eigendecomposition alone gives NaN.
     x, predicted, data, noise, _ = problem(*shape)
@@ -563,7 +574,7 @@ def test_gradients_are_those_of_differences(scheme, shape):
     assert np.abs(by_predicted).max() > 1e-2
 
 
-@pytest.mark.parametrize("members", [4, 14])
+@pytest.mark.parametrize("members", [4, pytest.param(14, marks=pytest.mark.slow)])
 def test_gradients_of_local_weights(members):
     _, predicted, data, noise, _ = problem(members, 5)
     ring = ensemble_local.ring_distances(5, jnp.arange(5.0))
@@ -579,6 +590,7 @@ def test_gradients_of_local_weights(members):
     close(by_predicted, differences(lambda p: float(value(1.1, p)), predicted), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["etkf", "finite_size", "local"])
 def test_second_derivatives_are_those_of_differences(scheme):
     # Three data missing of five leave the eigenvalue 1 three times or more on either side of the switch.
@@ -601,7 +613,7 @@ def test_second_derivatives_are_those_of_differences(scheme):
     assert abs(second) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (24, 40)])
+@pytest.mark.parametrize("shape", [(6, 3), pytest.param((24, 40), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("rotated", "perturbed", "rescaled")])
 def test_float32(scheme, shape):
     _, predicted, data, noise, _ = problem(*shape)

@@ -12,8 +12,8 @@ from numpyro.contrib.control_flow import scan
 
 import pushforward as pf
 from conftest import line, walk
-from pushforward._errors import ArgumentError, DataError, ModelError
 from pushforward import forecast
+from pushforward._errors import ArgumentError, DataError, ModelError
 from pushforward.model.inverse import read_problem
 from pushforward.model.state_space import read_state_space
 from pushforward.problems import air_passengers, lorenz96, nile

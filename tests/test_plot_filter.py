@@ -7,8 +7,8 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from pushforward._errors import ArgumentError, DataError
 from pushforward import plot_filter
+from pushforward._errors import ArgumentError, DataError
 
 T, H = 12, 5
 
