@@ -93,6 +93,8 @@ def read(model: Model, args: tuple, kwargs: dict, observed: tuple[str, ...] | No
         cache_key = (content, arguments.static, named, precision)
         if cache_key in _structures:
             _structures.move_to_end(cache_key)
+            # Of two functions of equal content the latest lives longest: the first one's module may be gone.
+            _structures[cache_key].model = model
             return _structures[cache_key], arguments.arrays
         structure = Structure(model, arguments)
         try:
