@@ -41,7 +41,8 @@ test: $(STAMP)
 
 test-full: $(STAMP) notebooks-full
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
-	@if [ -f benchmarks/full.py ]; then $(BIN)/python -m benchmarks.full; fi
+	$(BIN)/python -m benchmarks.full
+	$(BIN)/python -m benchmarks.state_parameters
 
 check: $(STAMP)
 	$(BIN)/ruff check .

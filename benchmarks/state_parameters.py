@@ -58,11 +58,11 @@ def moments(tree: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, sd, sd / np.sqrt(size)
 
 
-def compared(case: str, draws: int = 2000) -> list[dict[str, str]]:
+def compared(case: str, draws: int = 1000) -> list[dict[str, str]]:
     """Rows of one model: each state method against NUTS on the joint density."""
     model, data, names, methods = cases()[case]
     options = {"draws": draws, "progress": False, **data}
-    reference = pf.NUTS(coordinates=REFERENCE.get(case, "z"), target_acceptance=0.95)
+    reference = pf.NUTS(coordinates=REFERENCE.get(case, "z"), target_acceptance=0.99)
     runs = {"joint density": pf.infer(model, method=reference, **options)}
     for label, states in methods.items():
         runs[label] = pf.infer(model, method=pf.NUTS(target_acceptance=0.95), states=states, **options)
