@@ -9,7 +9,7 @@ import numpy as np
 from pushforward._types import Array, Key
 from pushforward.math import kalman, kalman_steady
 from pushforward.math.kalman import Filtered, Step, Updated, Varying
-from pushforward.methods._kalman_filter import AllDraws, CarryDraws, draw
+from pushforward.methods._kalman_filter import AllDraws, CarryDraws, draw, over_time
 from pushforward.model.blocks import Blocks, block_first, block_step
 from pushforward.model.linear import Facts
 from pushforward.model.state_space import Chain
@@ -50,9 +50,9 @@ def block_series(chain: Chain, found: Blocks, known: Facts) -> BlockSeries:
         moved = chain.step(state, riding, t, still)
         return moved.state[found.state], moved.observed.mean[found.data], moved.observed.data[found.data]
 
-    b, d, data = jax.vmap(offsets)(before, times)
+    b, d, data = over_time(chain, offsets, before, times)
     if not known.constant:
-        steps = jax.vmap(lambda riding, t: block_step(chain, found, riding, t))(before, times)
+        steps = over_time(chain, lambda riding, t: block_step(chain, found, riding, t), before, times)
         return BlockSeries(first, beginning.R, before, steps, data, Varying())
     one = block_step(chain, found, riders, jnp.asarray(0))
     varying = kalman.CONSTANT._replace(b=True, d=True)

@@ -1,6 +1,7 @@
 """Filtering a chain with linear-Gaussian steps, and drawing from what the filter knows."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pushforward.methods._loops import checkpointed_scan
 from pushforward.model.linear import first_at, step_at
 from pushforward.model.state_space import Chain
 
+_AT_ONCE = 16
 _STACKED = 5_000_000
 """Entries of stacked matrices up to which the steps of a time-varying chain are linearised before filtering."""
 
@@ -46,7 +48,7 @@ def linear_series(chain: Chain, constant: bool, offsets_constant: bool) -> Serie
 
     before = jax.lax.scan(move, riders, jnp.arange(length))[1] if riders else []
     times = jnp.arange(length)
-    data = jax.vmap(lambda r, t: chain.step(state, r, t, still).observed.data)(before, times)
+    data = over_time(chain, lambda r, t: chain.step(state, r, t, still).observed.data, before, times)
     if constant:
         one = step_at(chain, state, riders, jnp.asarray(0), still)
         if offsets_constant:
@@ -56,12 +58,19 @@ def linear_series(chain: Chain, constant: bool, offsets_constant: bool) -> Serie
             moved = chain.step(state, riding, t, still)
             return moved.state, moved.observed.mean
 
-        b, d = jax.vmap(offsets)(before, times)
+        b, d = over_time(chain, offsets, before, times)
         return Series(first, noise, before, one._replace(b=b, d=d), data, kalman.CONSTANT._replace(b=True, d=True))
     if length * (n + q) * (n + data.shape[1]) > _STACKED:
         return None
-    steps = jax.vmap(lambda r, t: step_at(chain, state, r, t, still))(before, times)
+    steps = over_time(chain, lambda r, t: step_at(chain, state, r, t, still), before, times)
     return Series(first, noise, before, steps, data, Varying())
+
+
+def over_time(chain: Chain, fn: Callable[..., Any], riders: list[Array], times: Array) -> Any:
+    """`fn(riders, t)` at all times. Sites observed after the scan cost O(T) at each of them, so only some at once."""
+    if not chain.structure.fused:
+        return jax.vmap(fn)(riders, times)
+    return jax.lax.map(lambda item: fn(*item), (riders, times), batch_size=_AT_ONCE)
 
 
 class Followed(NamedTuple):
