@@ -157,7 +157,7 @@ class Filter(eqx.Module):
 
     def cycle(self, chain: Chain, columns: Layout, before: Ensemble, t: Array, key: Key) -> tuple[Ensemble, Cycle]:
         """Forecast, analysis and inflation of step `t`."""
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         noise = jax.random.normal(keys[0], (self.size, chain.noise_dimension))
         if isinstance(self.smoother, IterativeEnKS):
             return self._iterative(chain, columns, before, t, keys)
@@ -175,6 +175,7 @@ class Filter(eqx.Module):
             w = w._replace(anomalies=factor * w.anomalies)
         analysis, weights, value = self._update(columns, forecast, predicted, data, variances, w, keys[1])
         analysis = self.inflation.after(forecast, analysis, keys[2])
+        analysis, weights = self._turn_late(analysis, weights, keys[4])
         riders = moved.riders if chain.structure.discrete else [r[0] for r in moved.riders]
         total = before.log_likelihood + value
         after = Ensemble(
@@ -187,8 +188,16 @@ class Filter(eqx.Module):
     ) -> tuple[Array, Array, Array]:
         if isinstance(self.analysis, LETKF):
             return self._update_locally(columns, forecast, predicted, data, noise, w, key)
-        weights, value = (self.analysis.rotated if self.rotate else self.analysis.analysed)(w, key)
+        turned = self.rotate and not self.inflation.by_member
+        weights, value = (self.analysis.rotated if turned else self.analysis.analysed)(w, key)
         return weights @ forecast, weights, value
+
+    def _turn_late(self, analysis: Array, weights: Array, key: Key) -> tuple[Array, Array]:
+        """The rotation, where inflation mixes members of forecast and analysis and so must come before it."""
+        if not (self.rotate and self.inflation.by_member):
+            return analysis, weights
+        turn = ensemble.rotation(key, self.size)
+        return turn @ analysis, turn @ weights
 
     def _update_locally(
         self, columns: Layout, forecast: Array, predicted: Array, data: Array, noise: Array, w: Any, key: Key
@@ -198,7 +207,7 @@ class Filter(eqx.Module):
         local = self.analysis.local_weights(predicted, data, noise, self.analysis.taper(n, data.shape[0]))
         if columns.all_data:
             local = jnp.concatenate([local, self.analysis.weights(w, key)[None]])
-        if self.rotate:
+        if self.rotate and not self.inflation.by_member:
             local = ensemble.rotation(key, self.size) @ local
         return apply(local, forecast, columns), local, ensemble.log_likelihood(w)
 
@@ -230,11 +239,12 @@ class Filter(eqx.Module):
         weights = iterative_weights(found)
         smoothed = eqx.tree_at(lambda e: e.members, before, weights @ first)
         analysis = jax.vmap(columns.pack)(self.move(chain, smoothed, t, still))
-        if self.rotate:
+        if self.rotate and not self.inflation.by_member:
             turn = ensemble.rotation(keys[1], self.size)
             analysis, weights = turn @ analysis, turn @ weights
         forecast = jax.vmap(columns.pack)(moved)
         analysis = self.inflation.after(forecast, analysis, keys[2])
+        analysis, weights = self._turn_late(analysis, weights, keys[4])
         total = before.log_likelihood + ensemble.log_likelihood(w)
         riders = [r[0] for r in moved.riders]
         after = Ensemble(

@@ -1,7 +1,7 @@
 """The interchangeable parts of an ensemble filter: analysis, inflation and smoother."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -192,8 +192,11 @@ class LETKF(Analysis):
 class Inflation(eqx.Module):
     """Base of inflation schemes: what happens to the forecast before, and to the analysis after the update.
 
-    `memory` is what a scheme carries from step to step.
+    `memory` is what a scheme carries from step to step. With `by_member` members of forecast and analysis are mixed
+    one by one, so that a random rotation has to come after it.
     """
+
+    by_member: ClassVar[bool] = False
 
     def start(self) -> Any:
         """The first memory."""
@@ -270,6 +273,7 @@ class RTPP(Inflation):
         relaxation: 0 keeps the analysis anomalies, 1 restores the forecast's.
     """
 
+    by_member: ClassVar[bool] = True
     relaxation: float = 0.5
 
     def __check_init__(self):
