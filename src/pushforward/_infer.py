@@ -15,14 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pushforward import _evaluate, _states, parallel, posterior
+from pushforward._choice import choose
 from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Key, Model
-from pushforward.methods import NAMES
 from pushforward.methods._base import Draws, Method
+from pushforward.methods._pseudo_marginal import OverStates
 from pushforward.methods._state import StateMethod
-from pushforward.methods.kalman import Kalman
-from pushforward.methods.nuts import NUTS
 from pushforward.model._arguments import split
 from pushforward.model._fingerprint import fingerprint, stable_text
 from pushforward.model.inverse import InverseProblem, check_data, diagnose, read_problem, shape_warnings
@@ -95,9 +94,10 @@ def infer(
     problem = read_problem(model, args, kwargs, observed)
     notes = _check_problem(problem, observed)
     labels = posterior.Labels(problem.sites, coords, dims, _argument_names(model, args, kwargs))
-    method, states, reason = _choose(method, states, problem)
+    method, states, reason = choose(method, states, problem)
+    _states.check_needed(method, states)
     path = _checkpoint_path(checkpoint)
-    identity = _identity(model, args, kwargs, method, key, draws) if path else ""
+    identity = _identity(model, args, kwargs, (method, states), key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
     if isinstance(method, StateMethod) or states is not None:
         found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
@@ -117,7 +117,8 @@ def infer(
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
         diagnose(problem)
-        raise InferenceError(f"{type(method).__name__}: {outcome.text}", outcome, tree)
+        text = method.failure(found) or outcome.text
+        raise InferenceError(f"{type(method).__name__}: {text}", outcome, tree)
     for caution in cautions if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
         warnings.warn(f"{type(method).__name__}: {caution}", UserWarning, stacklevel=2)
     return tree
@@ -163,53 +164,6 @@ def _check_problem(problem: InverseProblem, observed: Any) -> list[str]:
     return check_data(problem)
 
 
-def _choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
-    """The instances of method and state method, and for "auto" the reason of the choice."""
-    reason = ""
-    if isinstance(states, str) and states in NAMES:
-        states = NAMES[states]()
-    if isinstance(method, str):
-        if method == "auto":
-            method, states, reason = _automatic(states, problem)
-        elif method in NAMES:
-            method = NAMES[method]()
-        else:
-            raise MethodError(f"unknown method {method!r}. Methods: {', '.join(['auto', *NAMES])}.")
-    if isinstance(method, type):
-        raise MethodError(f"method= takes an instance; write method=pf.{method.__name__}() with its options.")
-    if not isinstance(method, Method):
-        raise MethodError(
-            f"method= takes a name ({', '.join(['auto', *NAMES])}) or an instance such as pf.NUTS(); "
-            f"got {type(method).__name__}."
-        )
-    if states is not None:
-        _states.check_given(states, method, problem)
-    misfit = None if isinstance(method, StateMethod) else fits(method, problem)
-    if misfit:
-        raise MethodError(f"{type(method).__name__} does not fit this model: {misfit}.")
-    return method, states, reason
-
-
-def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
-    if states is not None:
-        return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
-    space, reason = _states.automatic(problem)
-    if space is not None and not space.structure.parameters:
-        return Kalman(), None, f"{reason} without parameters: the Kalman smoother is exact"
-    if space is not None:
-        return NUTS(), Kalman(), f"{reason} with parameters: NUTS over the exact Kalman likelihood"
-    if reason:
-        return NUTS(), None, f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
-    return NUTS(), None, "differentiable model: NUTS is the reference"
-
-
-def fits(method: Method, problem: Any) -> str | None:
-    """Why a method cannot run on a problem, or None where it can."""
-    if not isinstance(problem, method.accepts):
-        return f"it works on {method.accepts.__name__}, and the model was read as {type(problem).__name__}"
-    return method.why_not(problem)
-
-
 def _checkpoint_path(checkpoint: Any) -> Path | None:
     if checkpoint is None:
         return None
@@ -221,10 +175,11 @@ def _checkpoint_path(checkpoint: Any) -> Path | None:
     return path
 
 
-def _identity(model: Model, args: tuple, kwargs: dict, method: Method, key: Key, draws: int) -> str:
+def _identity(model: Model, args: tuple, kwargs: dict, methods: tuple, key: Key, draws: int) -> str:
     """A digest of everything that determines the draws."""
     constant = split(args, kwargs, constant=True).static
-    parts = (fingerprint(model), constant, _content(method), np.asarray(jax.random.key_data(key)).tolist(), draws)
+    contents = tuple(map(_content, methods))
+    parts = (fingerprint(model), constant, contents, np.asarray(jax.random.key_data(key)).tolist(), draws)
     text = stable_text(parts) + jnp.result_type(float).name + _version("pushforward")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -302,6 +257,8 @@ def _state_groups(
     if isinstance(method, StateMethod):
         space = _states.check_alone(method, problem)
         found, parts = _states.run_alone(method, space, key, draws, runner)
+    elif isinstance(method, OverStates):
+        found, parts = method.run_with_states(_states.check_given(states, method, problem), states, key, draws, runner)
     else:
         assert states is not None
         space = _states.check_given(states, method, problem)
@@ -309,7 +266,10 @@ def _state_groups(
         found = _with_khat(method.run(marginal, key, draws, runner))
         parts = _states.groups_given(space, states, found, marginal, jax.random.fold_in(key, 4), runner)
     parts = _states.limited(parts, notes)
+    stats = parts.pop("filter_stats", None)
     groups = {name: posterior.group(part, labels, sampled=_states.is_sampled(part)) for name, part in parts.items()}
+    if stats:
+        groups["filter_stats"] = posterior.series(stats, labels)
     return found, groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
 
 

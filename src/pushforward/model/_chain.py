@@ -5,7 +5,7 @@ of the body's program, so that the step is a pure function that `jit`, `vmap` an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 
 from pushforward._errors import ModelError, PushforwardError
 from pushforward._types import Array
 from pushforward.model import _scan_trace, _trace
+from pushforward.model._body import BY_NOISE, Mode, is_data, is_factor, read_body
 from pushforward.model._observed import family, observation, time_in_batch
 from pushforward.model._program import Program
 from pushforward.model._reading import Structure
@@ -99,7 +99,9 @@ def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
     seen: dict[str, Any] = {}
 
     def around(by_value: tuple[str, ...]) -> Program:
-        given = {n: jnp.zeros(structure.sites[n].shape if n in by_value else z.shape) for n, z in outer.items()}
+        types = {n: int if structure.sites[n].discrete else float for n in by_value}
+        values = {n: jnp.zeros(structure.sites[n].shape, types[n]) for n in by_value}
+        given = {n: values.get(n, z) for n, z in outer.items()}
         run = _around(structure, by_value, explored, seen)
         return Program(run, arrays=arrays, outer=given, last=explored["last"], stacked=explored["stacked"])
 
@@ -111,6 +113,12 @@ def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
     parameters = tuple(n for n in outer if n not in initial and n not in late)
     for name in (*initial, *late):
         check_unscaled(seen["outer_sites"][name])
+    for name in (*parameters, *late):
+        if structure.sites[name].discrete:
+            raise ModelError(
+                f"site '{name}' ({structure.sites[name].distribution}) is discrete and stands outside the scan, where "
+                "only an initial state may be discrete. Sum it out by hand, or make it a part of the carry."
+            )
     program = around(parameters)
     body = seen["body"]
     first, fused, static = _sort_observed(program, seen, initial, late)
@@ -148,10 +156,10 @@ def _explore(structure: Structure, arrays: tuple, outer: dict[str, Array]) -> di
     def instead(scan: _scan_trace.Scan) -> Any:
         leaves, tree = jax.tree.flatten(scan.init)
         leaves = [jnp.asarray(x) for x in leaves]
-        body = _body(structure, scan, tree, [], leaves)
+        body = read_body(structure, scan, tree, [], leaves)
         # A carry that starts as a Python number takes the type that the body gives it, as in lax.scan.
         leaves = [x.astype(o.dtype) for x, o in zip(leaves, body.shapes["carry"], strict=True)]
-        shapes = _body(structure, scan, tree, [], leaves).shapes
+        shapes = read_body(structure, scan, tree, [], leaves).shapes
         found["tree"], found["length"], found["carry"] = tree, scan.length, shapes["carry"]
         found["last"] = jax.tree.unflatten(tree, shapes["carry"])
         found["stacked"] = jax.tree.map(
@@ -185,7 +193,9 @@ def _unreadable(error: Exception) -> ModelError:
     )
 
 
-def _around(structure: Structure, by_value: tuple, explored: dict, seen: dict) -> Callable[..., dict[str, Any]]:
+def _around(
+    structure: Structure, by_value: tuple, explored: dict, seen: dict, mode: Mode = BY_NOISE
+) -> Callable[..., dict[str, Any]]:
     """What stands around the scan, as a function of outer noise (or values) and of what the scan would return."""
 
     def assigned(outer: dict[str, Array]) -> _trace.Assign:
@@ -206,16 +216,16 @@ def _around(structure: Structure, by_value: tuple, explored: dict, seen: dict) -
             kept["init"] = [jnp.asarray(x, s.dtype) for x, s in zip(leaves, explored["carry"], strict=True)]
             kept["xs"] = [jnp.asarray(x) for x in jax.tree.leaves(scan.xs)]
             consts: list[Array] = []
-            seen["body"] = _body(structure, scan, tree, consts, kept["init"], seen)
+            seen["body"] = read_body(structure, scan, tree, consts, kept["init"], seen, mode)
             kept["consts"] = consts
             return last, stacked
 
         sites = _scan_trace.run_around(structure.call(arrays), assigned(outer), instead)
-        seen["outer_families"] = {n: family(s) for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
+        seen["outer_families"] = {n: family(s) for n, s in sites.items() if is_data(s) and n not in structure.fixed}
         seen["parameters"] = {n for n, s in sites.items() if s.get("infer", {}).get("state") is False}
         length = explored["length"]
         observed = {n: observation(time_in_batch(sites[n], length)) for n in seen["outer_families"]}
-        factors = {n: _trace._log_prob(s) for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)}
+        factors = {n: _trace._log_prob(s) for n, s in sites.items() if is_factor(s) and not _trace._is_jacobian(n)}
         for name in (*outer, *observed):
             check_law(sites[name])
         seen["outer_sites"] = {n: {"name": n, "scale": sites[n]["scale"]} for n in outer}
@@ -237,59 +247,13 @@ def _law(site: dict) -> list[Array]:
     return [x for x in jax.tree.leaves(site["fn"]) if isinstance(x, jax.Array)]
 
 
-def _is_data(site: dict) -> bool:
-    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
-
-
-def _is_factor(site: dict) -> bool:
-    return site["type"] == "sample" and isinstance(site["fn"], dist.Unit)
-
-
-def _body(
-    structure: Structure, scan: _scan_trace.Scan, tree: Any, consts: list, carry: list[Array], seen: dict | None = None
-) -> Program:
-    """One step of the scan as a program; what it closes over is appended to `consts`."""
-    slots = {n: replace(s, steps=None) for n, s in structure.slots.items() if s.steps is not None}
-    xs_leaves, xs_tree = jax.tree.flatten(scan.xs)
-    x = [jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)) for v in xs_leaves]
-    noise = {n: jnp.zeros(s.noise_shape) for n, s in slots.items()}
-
-    def run(carry: list, x: list, step: Array, noise: dict) -> dict[str, Any]:
-        given = jax.tree.unflatten(tree, carry), jax.tree.unflatten(xs_tree, x)
-        moved, returned, sites = scan.body(*given, step, _trace.from_noise(slots, noise))
-        if seen is not None:
-            seen["families"] = {n: family(s) for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
-            seen["factors"] = [n for n, s in sites.items() if _is_factor(s) and not _trace._is_jacobian(n)]
-            _check_step(structure, sites, frozenset(slots))
-        kinds = {n: s["type"] for n, s in sites.items()}
-        drawn = {n: s for n, s in sites.items() if n in slots}
-        data = {n: s for n, s in sites.items() if _is_data(s) and n not in structure.fixed}
-        return {
-            "carry": [jnp.asarray(v) for v in jax.tree.leaves(moved)],
-            "returned": returned,
-            "sites": {n: s["value"] for n, s in sites.items() if n in slots or kinds[n] == "deterministic"},
-            "observed": {n: observation(s) for n, s in data.items()},
-            "log_prior": {n: _trace._log_prob(s) for n, s in drawn.items()},
-            "factor": sum((jnp.sum(_trace._log_prob(s)) for s in sites.values() if _is_factor(s)), jnp.zeros(())),
-        }
-
-    return Program.closing(run, consts, carry=carry, x=x, step=jnp.asarray(0), noise=noise)
-
-
-def _check_step(structure: Structure, sites: dict, latent: frozenset[str]) -> None:
-    """Raise where a site of a step has a law that filters cannot use."""
-    for name, site in sites.items():
-        if site["type"] != "sample" or _is_factor(site):
-            continue
-        check_law(site)
-        if name in latent:
-            check_unscaled(site)
-        elif name in structure.fixed:
-            raise ModelError(
-                f"site '{name}' of the scan has its value from handlers.substitute, which does not say whether it is "
-                f"data. Give data by obs= or handlers.condition(model, {{'{name}': ...}}), and a known value by "
-                "numpyro.deterministic."
-            )
+def read_again(s: ChainStructure, mode: Mode) -> tuple[Program, Program]:
+    """The program around the scan, for its constants and series, and that of the body in another mode."""
+    seen: dict[str, Any] = {}
+    explored = {"carry": s.carry, "length": s.length}
+    with numpyro.validation_enabled(False):
+        around = Program(_around(s.joint, s.parameters, explored, seen, mode), **s.around.inputs)
+    return around, seen["body"]
 
 
 def _reaches(program: Program, name: str, through: tuple[str, ...], never: tuple[str, ...]) -> bool:

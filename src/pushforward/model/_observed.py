@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from pushforward._types import Array
+from pushforward.model._laws import concrete_support
 from pushforward.model._missing import without_missing
 
 # Families for whose noise a Gaussian of the same variance may stand: unimodal, with a mean that says where they are.
@@ -56,6 +57,9 @@ def observation(site: dict) -> Observation:
         mean = noise = jnp.full(shape, jnp.nan, data.dtype)
     full, filled = without_missing(law, data) if jnp.issubdtype(value.dtype, jnp.floating) else (law, value)
     density = full.log_prob(filled)
+    if concrete_support(bare) is None:
+        # NumPyro's densities do not look whether data lie within a support that moves with the parameters.
+        density = jnp.where(full.support(filled) | (density == 0), density, -jnp.inf)
     density = density if site["scale"] is None else site["scale"] * density
     return Observation(mean.astype(data.dtype), noise.astype(data.dtype), data, density)
 

@@ -2,13 +2,14 @@
 
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to
@@ -38,7 +39,8 @@ class Site:
     """What was read about one site.
 
     `dims` names its axes where plates or a `scan` do; `broadcast` is the shape of data once NumPyro has
-    broadcast them against their law.
+    broadcast them against their law; `discrete` says whether a latent site takes separate values, and `states` which,
+    where they are finitely many.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Site:
     event_dim: int = 0
     missing: str = "elements"
     broadcast: tuple[int, ...] = ()
+    discrete: bool = False
+    states: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -71,6 +75,11 @@ class Structure:
     passed_through: dict[str, int] | None = None
     remembered: dict[Any, Any] = field(default_factory=dict)
     keyed: bool = False
+
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Latent sites that take separate values."""
+        return tuple(n for n in self.slots if self.sites[n].discrete)
 
     @property
     def dimension(self) -> int:
@@ -259,11 +268,11 @@ def _record(site: dict, bodies: dict[str, dict[str, Any]]) -> Array:
     try:
         noise_shape = tuple(coordinates.noise_shape(law))
         value = coordinates.push(law, jnp.zeros(noise_shape))
-        unconstrained = tuple(biject_to(law.support).inverse_shape(law.shape()))
+        unconstrained = () if law.is_discrete else tuple(biject_to(law.support).inverse_shape(law.shape()))
     except (TypeError, NotImplementedError) as error:
         raise ModelError(
             f"latent site '{name}' ({type(law).__name__}) has no map from noise: {error} "
-            "Give it a proper continuous distribution."
+            "Give it a proper distribution, continuous or of scalar events."
         ) from error
     bodies[name] = {
         "noise_shape": noise_shape,
@@ -272,8 +281,21 @@ def _record(site: dict, bodies: dict[str, dict[str, Any]]) -> Array:
         "map": coordinates.describe_map(law),
         "exact": coordinates.is_exact(law),
         "shape": tuple(law.shape()),
+        "discrete": law.is_discrete,
+        "states": _states(law),
     }
     return value
+
+
+def _states(law: dist.Distribution) -> tuple[int, ...] | None:
+    """The values of a discrete law, where they are finitely many and known when the model is read."""
+    if not law.is_discrete or not law.has_enumerate_support:
+        return None
+    try:
+        with jax.ensure_compile_time_eval():
+            return tuple(np.asarray(innermost(law).enumerate_support(expand=False)).ravel().tolist())
+    except (NotImplementedError, *_NEEDS_VALUES):
+        return None
 
 
 def _layout(kept: list[dict], bodies: dict[str, dict[str, Any]]) -> dict[str, _trace.Slot]:
@@ -309,7 +331,8 @@ def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -
         check_latent(site)
     if body is None:
         return Site(name, "fixed", kind, shape, dims)
-    return Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], None, law.event_dim)
+    read = Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], None, law.event_dim)
+    return replace(read, discrete=body["discrete"], states=body["states"])
 
 
 def _check_parameters(site: dict) -> None:

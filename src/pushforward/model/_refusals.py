@@ -83,23 +83,27 @@ def _check_array(name: Any, value: Any) -> None:
 
 
 def check_latent(site: dict) -> None:
-    """Raise `ModelError` where a latent site has no continuous, proper law."""
+    """Raise `ModelError` where a latent site has no proper law of its own."""
     name, law = site["name"], site["fn"]
     if "_scan_current_index" in site["infer"] and site["kwargs"].get("sample_shape"):
         raise ModelError(
             f"latent site '{name}' stands in a scan and has a sample_shape, which NumPyro cannot give a density there. "
             f"Write numpyro.sample('{name}', distribution.expand({list(site['kwargs']['sample_shape'])}))."
         )
-    if law.is_discrete:
-        raise ModelError(
-            f"latent site '{name}' ({type(law).__name__}) is discrete. Sum it out by hand "
-            "(numpyro.distributions.MixtureSameFamily), or observe it."
-        )
     if isinstance(law, dist.MaskedDistribution) and law._mask is not True:
         raise ModelError(
             f"latent site '{name}' stands under numpyro.handlers.mask, which drops its prior where the "
             "mask is False and so leaves it improper. Put the mask around the observed sites only."
         )
+
+
+def discrete(name: str, distribution: str, *, in_scan: bool) -> str:
+    """What to say of a discrete latent site, to a method that has no use for it."""
+    states = "use method=pf.DiscreteHMM() or pf.ParticleFilter(), which take discrete states, " if in_scan else ""
+    return (
+        f"latent site '{name}' ({distribution}) is discrete: {states}sum it out by hand "
+        "(numpyro.distributions.MixtureSameFamily), or observe it"
+    )
 
 
 def check_unscaled(site: dict) -> None:

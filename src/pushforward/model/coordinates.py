@@ -10,12 +10,19 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.distributions import Distribution
 
-from pushforward.model import _maps_matrix, _maps_multivariate, _maps_truncated, _maps_univariate, _maps_wrapped
+from pushforward.model import (
+    _maps_discrete,
+    _maps_matrix,
+    _maps_multivariate,
+    _maps_truncated,
+    _maps_univariate,
+    _maps_wrapped,
+)
 from pushforward.model._maps import PriorMap, prior_map, register
 
 __all__ = ["PriorMap", "correction", "describe_map", "is_exact", "noise_shape", "prior_map", "pull", "push", "register"]
 
-REGISTERED = (_maps_univariate, _maps_truncated, _maps_multivariate, _maps_matrix, _maps_wrapped)
+REGISTERED = (_maps_univariate, _maps_truncated, _maps_multivariate, _maps_matrix, _maps_wrapped, _maps_discrete)
 
 
 def noise_shape(distribution: Distribution) -> tuple[int, ...]:
@@ -27,7 +34,8 @@ def push(distribution: Distribution, z: Array) -> Array:
     """Computes T(z), distributed as `distribution` when z is standard normal (exactly, if `is_exact`).
 
     Args:
-        distribution: any continuous NumPyro distribution; its parameters may be tracers.
+        distribution: any continuous NumPyro distribution, or a discrete one of scalar events; its parameters may be
+            tracers.
         z: noise of shape `noise_shape(distribution)`.
 
     Returns:

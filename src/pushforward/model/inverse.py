@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 
 from pushforward._errors import DataError
 from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
-from pushforward.model import _flow, _trace
+from pushforward.model import _flow, _refusals, _trace
 from pushforward.model._arguments import check_model
 from pushforward.model._laws import innermost, outside_domain
 from pushforward.model._observed import gaussian_reason, mean_and_noise
@@ -50,6 +50,15 @@ class InverseProblem(eqx.Module):
     def exact_prior(self) -> bool:
         """Whether the prior is exactly N(0, I) in ``z`` for every site."""
         return all(site.exact for site in self.sites.values())
+
+    @property
+    def why_not_continuous(self) -> str | None:
+        """Why the latent sites have no joint density in real coordinates, or None where they have one."""
+        for name in self.structure.discrete:
+            site = self.sites[name]
+            in_scan = any(self.sites[n].dims[:1] == ("time",) for n in self.structure.discrete)
+            return _refusals.discrete(name, site.distribution, in_scan=in_scan)
+        return None
 
     def with_key(self, key: Key) -> "InverseProblem":
         """The same problem with another key behind a stochastic likelihood; itself where it has none."""
@@ -216,7 +225,7 @@ def read_problem(
     """Read a NumPyro model called with `args` and `kwargs`.
 
     Args:
-        model: a NumPyro model without discrete latent sites.
+        model: a NumPyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
         observed: names of data sites, for models that are called without their data.

@@ -42,6 +42,9 @@ def why_no_gaussian_noise(space: StateSpace, *, matching: bool) -> str | None:
     s = space.structure
     if s.factors:
         return f"numpyro.factor '{s.factors[0]}' stands in the body of the scan; write it as an observed site"
+    for name in s.joint.discrete:
+        kind = s.joint.sites[name].distribution
+        return f"latent site '{name}' ({kind}) is discrete; use pf.ParticleFilter() or pf.DiscreteHMM()"
     if s.inexact:
         return (
             f"latent site '{s.inexact[0]}' ({s.joint.sites[s.inexact[0]].distribution}) has no exact map from Gaussian "

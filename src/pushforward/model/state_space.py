@@ -194,6 +194,11 @@ class Chain(eqx.Module):
             step=jnp.asarray(step),
             noise=_cut(s, s.latent, noise, inner=True),
         )
+        return self.moved(found, step)
+
+    def moved(self, found: dict[str, Any], step: Array) -> Moved:
+        """What the body of the scan gave at one step."""
+        s = self.structure
         observed = dict(found["observed"])
         if s.fused:
             observed |= self._fused(found["returned"], step)

@@ -1,0 +1,79 @@
+"""Which method a call of `infer` asks for, and whether it fits the model."""
+
+from typing import Any
+
+from pushforward import _states
+from pushforward._errors import MethodError, ModelError
+from pushforward.methods import NAMES
+from pushforward.methods._base import Method
+from pushforward.methods._state import StateMethod
+from pushforward.methods.discrete_hmm import DiscreteHMM
+from pushforward.methods.kalman import Kalman
+from pushforward.methods.nuts import NUTS
+from pushforward.model.inverse import InverseProblem
+from pushforward.model.state_space import read_state_space
+
+
+def choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
+    """The instances of method and state method, and for "auto" the reason of the choice."""
+    reason = ""
+    if isinstance(states, str) and states in NAMES:
+        states = NAMES[states]()
+    if isinstance(method, str):
+        if method == "auto":
+            method, states, reason = _automatic(states, problem)
+        elif method in NAMES:
+            method = NAMES[method]()
+        else:
+            raise MethodError(f"unknown method {method!r}. Methods: {', '.join(['auto', *NAMES])}.")
+    if isinstance(method, type):
+        raise MethodError(f"method= takes an instance; write method=pf.{method.__name__}() with its options.")
+    if not isinstance(method, Method):
+        raise MethodError(
+            f"method= takes a name ({', '.join(['auto', *NAMES])}) or an instance such as pf.NUTS(); "
+            f"got {type(method).__name__}."
+        )
+    if states is not None:
+        _states.check_given(states, method, problem)
+    elif not isinstance(method, StateMethod) and problem.why_not_continuous:
+        raise ModelError(f"{problem.why_not_continuous}.")
+    misfit = None if isinstance(method, StateMethod) else fits(method, problem)
+    if misfit:
+        raise MethodError(f"{type(method).__name__} does not fit this model: {misfit}.")
+    return method, states, reason
+
+
+def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
+    if states is not None:
+        return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
+    if problem.structure.discrete:
+        return _discrete(problem)
+    space, reason = _states.automatic(problem)
+    if space is not None and not space.structure.parameters:
+        return Kalman(), None, f"{reason} without parameters: the Kalman smoother is exact"
+    if space is not None:
+        return NUTS(), Kalman(), f"{reason} with parameters: NUTS over the exact Kalman likelihood"
+    if reason:
+        return NUTS(), None, f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
+    return NUTS(), None, "differentiable model: NUTS is the reference"
+
+
+def _discrete(problem: InverseProblem) -> tuple[Method, Any, str]:
+    """For a model with discrete latent sites; NUTS, which `choose` then refuses, where their states are not finite."""
+    try:
+        space = read_state_space(problem)
+    except ModelError:
+        return NUTS(), None, ""
+    if DiscreteHMM().why_not(space):
+        return NUTS(), None, ""
+    reason = "the model is a scan with finitely many states"
+    if space.structure.parameters:
+        return NUTS(), DiscreteHMM(), f"{reason} and with parameters: NUTS over the exact sum over the states"
+    return DiscreteHMM(), None, f"{reason} and without parameters: the sum over them is exact"
+
+
+def fits(method: Method, problem: Any) -> str | None:
+    """Why a method cannot run on a problem, or None where it can."""
+    if not isinstance(problem, method.accepts):
+        return f"it works on {method.accepts.__name__}, and the model was read as {type(problem).__name__}"
+    return method.why_not(problem)
