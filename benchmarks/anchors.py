@@ -1,4 +1,4 @@
-"""Published scores of ensemble and extended Kalman filters on the Lorenz systems, beside ours, in docs/benchmarks.md.
+"""Published scores of ensemble, extended Kalman and particle filters on the Lorenz systems, beside ours, in docs/benchmarks.md.
 
 Every row of the tables of `lorenz96.NUMBERS` and `lorenz63.NUMBERS` that names such a filter, in DAPPER's conventions
 (`pushforward.problems.Anchor`). The bar:
@@ -59,6 +59,17 @@ def _ensemble(anchor: Anchor, analysis: Any = pf.ETKF(), **options: Any) -> pf.E
     )
 
 
+def _particles(anchor: Anchor) -> pf.ParticleFilter:
+    """A particle filter with the tuning of an anchor."""
+    tuning = anchor.options
+    return pf.ParticleFilter(
+        tuning["particles"],
+        resampling=pf.Systematic(threshold=tuning["resample_below"]),
+        regularization=pf.Jitter(tuning["jitter"]),
+        store="moments",
+    )
+
+
 class Row(NamedTuple):
     """A filter on a problem, with what is published."""
 
@@ -108,6 +119,8 @@ def _rows() -> dict[str, Row]:
         "etkf": _ensemble(of_63["etkf"]),
         "perturbed": _ensemble(of_63["perturbed"], pf.Perturbed("rescaled")),
         "ienks": _ensemble(of_63["ienks"], smoother=smoother),
+        "particle_100": _particles(of_63["particle_100"]),
+        "particle_4000": _particles(of_63["particle_4000"]),
     }
     parts = ((lorenz96, "96", methods_96), (lorenz63, "63", methods_63))
     return {f"{n} {name}": Row(module, name, m) for module, n, methods in parts for name, m in methods.items()}

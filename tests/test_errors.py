@@ -66,7 +66,7 @@ OPTIONS = {
     "states": (
         lambda: infer(states=3),
         MethodError,
-        r"states= takes an instance of a state method, such as pf.Kalman\(\).*\[.kalman., .enkf.\]; got 3",
+        r"states= takes an instance of a state method, such as pf.Kalman\(\).*\[.*.discrete_hmm..*\]; got 3",
     ),
     "surrogate": (lambda: infer(surrogate=3), MethodError, "surrogate= is not available in this version"),
     "negative draws": (lambda: infer(draws=-1), ArgumentError, r"draws= takes a positive integer.*got -1"),

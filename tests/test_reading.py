@@ -355,7 +355,6 @@ counter = iter(range(1000))
 generator = np.random.default_rng(0)
 
 REFUSED = {
-    "discrete": (lambda y: observe(numpyro.sample("k", dist.Poisson(3.0)), y), r"'k' \(Poisson\) is discrete.*observe"),
     "improper": (
         lambda y: observe(numpyro.sample("k", dist.ImproperUniform(dist.constraints.real, (), ())), y),
         "'k' .*ImproperUniform.*proper",

@@ -252,7 +252,7 @@ SCANS = {
     ),
     "carry of another shape": (other_shape, ModelError, "carry input and carry output must have equal types"),
     "carry of another tree": (other_tree, ModelError, "carry input and carry output must have the same pytree"),
-    "discrete site": (discrete_site, ModelError, r"'k' \(Bernoulli.*\) is discrete"),
+    "discrete site": (discrete_site, MethodError, r"'k' \(Bernoulli.*\) is discrete; use pf.ParticleFilter"),
     "numpyro.param": (parameter_of_numpyro, ModelError, r"'sd' is a numpyro.param.*numpyro.sample\('sd'"),
     "factor after": (factor_after, ModelError, "'f' depends on the trajectory.*observed site in the body"),
     "factor before": (factor_before, ModelError, "'f' depends on the trajectory"),

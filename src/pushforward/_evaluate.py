@@ -15,19 +15,20 @@ from pushforward.model.inverse import InverseProblem
 _BATCH = 2048
 
 
-def many(fn: Callable, draws: Any, mesh: Mesh | None) -> Any:
-    """`fn` at each draw (leading axis), at most 2048 at a time."""
+def many(fn: Callable, draws: Any, mesh: Mesh | None, batch: int = _BATCH) -> Any:
+    """`fn` at each draw (leading axis), at most `batch` at a time."""
     length = jax.tree.leaves(draws)[0].shape[0]
-    if length <= _BATCH:
+    if length <= batch:
         return parallel.vmap(fn, mesh)(draws)
-    rows = -(-length // _BATCH)
-    padding = rows * _BATCH - length
+    rows = -(-length // batch)
+    padding = rows * batch - length
 
     def fold(x: Array) -> Array:
-        return jnp.concatenate([x, jnp.repeat(x[-1:], padding, 0)]).reshape(rows, _BATCH, *x.shape[1:])
+        return jnp.concatenate([x, jnp.repeat(x[-1:], padding, 0)]).reshape(rows, batch, *x.shape[1:])
 
-    found = jax.lax.map(lambda batch: parallel.vmap(fn, mesh)(batch), jax.tree.map(fold, draws))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], found)
+    found = jax.lax.map(lambda part: parallel.vmap(fn, mesh)(part), jax.tree.map(fold, draws))
+    # Sizes are written out: a result may have no elements, as the state of a chain that is all discrete.
+    return jax.tree.map(lambda x: x.reshape(rows * batch, *x.shape[2:])[:length], found)
 
 
 def at_positions(problem: InverseProblem, positions: Any, likelihood: bool, mesh: Mesh | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,27 @@ def read_checkpoint(path: Path, identity: str, like: Any) -> tuple[int, Any]:
     return header["step"], jax.tree.unflatten(tree, [_like(a, leaf) for a, leaf in zip(arrays, leaves, strict=True)])
 
 
-def save(path: str | os.PathLike, method: eqx.Module) -> None:
-    """Write a method, trained or not, to a file that `load` reads.
+class Stored(ABC):
+    """Base of what `save` writes beside methods: it says what a file holds, and is made anew from that."""
+
+    @abstractmethod
+    def stored(self, arrays: list[np.ndarray]) -> dict[str, Any]:
+        """What JSON can hold; arrays are appended to the list."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, value: dict[str, Any], arrays: list[np.ndarray], model: Any) -> "Stored":
+        """The object from what `stored` gave, with the model, which no file holds."""
+
+
+def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
+    """Write a method, trained or not, or a stream of `pf.online`, to a file that `load` reads.
+
+    The file is written beside its place and then renamed, so that a process that is killed leaves the old or the new.
 
     Args:
         path: file to write; its folder is made if need be.
-        method: an instance of one of this library's methods.
+        method: an instance of one of this library's methods, or a stream.
 
     Raises:
         ArgumentError: `method` is something else; a result is written with `tree.to_netcdf(path)`.
@@ -97,25 +113,52 @@ def save(path: str | os.PathLike, method: eqx.Module) -> None:
         >>> pf.load(path).chains
         2
     """
+    arrays: list[np.ndarray] = []
+    if isinstance(method, Stored):
+        kind = type(method)
+        header = {"kind": "stored", "class": [kind.__module__, kind.__qualname__], "value": method.stored(arrays)}
+        _write(Path(path), header, arrays)
+        return
     if not isinstance(method, eqx.Module) or not _is_ours(type(method)):
         raise ArgumentError(
-            f"pf.save writes methods of pushforward; got {type(method).__name__}. "
+            f"pf.save writes methods and streams of pushforward; got {type(method).__name__}. "
             "A result is written with tree.to_netcdf('result.nc')."
         )
-    arrays: list[np.ndarray] = []
     _write(Path(path), {"kind": "method", "value": _encode(method, arrays)}, arrays)
 
 
-def load(path: str | os.PathLike) -> Any:
-    """Read a method that `save` wrote.
+def load(path: str | os.PathLike, *, model: Any = None) -> Any:
+    """Read a method or a stream that `save` wrote.
+
+    Args:
+        path: the file.
+        model: for a stream, the model that it began with, since functions are never written to files.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
+        ArgumentError: a stream without its model, or a method with one.
+        CheckpointError: the file is missing, damaged, or holds something else; a stream of another model.
     """
     header, arrays = _read(Path(path))
-    if header.get("kind") != "method":
+    if header.get("kind") not in ("method", "stored"):
         raise CheckpointError(f"{path} holds a {header.get('kind')}, not a method. Pass it to infer(checkpoint=...).")
-    return _decode(header["value"], arrays)
+    if header["kind"] == "method":
+        if model is not None:
+            raise ArgumentError(f"{path} holds a method, which needs no model. Write pf.load(path).")
+        return _decode(header["value"], arrays)
+    if not callable(model):
+        raise ArgumentError(
+            f"{path} holds a stream. Write pf.load(path, model=model), with the model that it began with."
+        )
+    try:
+        module, name = header["class"]
+        kind = getattr(_module(module), name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Stored)):
+            raise CheckpointError(f"the file names {module}.{name}, which this version of pushforward does not have.")
+        return kind.restored(header["value"], arrays, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged, or was written by another version: {error}") from error
 
 
 def _is_ours(kind: type) -> bool:

@@ -258,6 +258,7 @@ def _state_groups(
         space = _states.check_alone(method, problem)
         found, parts = _states.run_alone(method, space, key, draws, runner)
     elif isinstance(method, OverStates):
+        assert states is not None
         found, parts = method.run_with_states(_states.check_given(states, method, problem), states, key, draws, runner)
     else:
         assert states is not None

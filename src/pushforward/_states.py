@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pushforward import posterior
+from pushforward import _evaluate, posterior
 from pushforward._errors import MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.methods import NAMES
 from pushforward.methods._base import Draws, Method, count
+from pushforward.methods._pseudo_marginal import OverStates, needs_states
 from pushforward.methods._state import StateDraws, StateMethod
+from pushforward.methods.discrete_hmm import DiscreteHMM
 from pushforward.methods.kalman import Kalman
 from pushforward.model._fingerprint import array_digest
 from pushforward.model.inverse import InverseProblem
@@ -47,10 +49,12 @@ def check_alone(method: StateMethod, problem: InverseProblem) -> StateSpace:
     free = space.structure.parameters
     name = type(method).__name__
     if free and not method.augment:
+        along = f"pf.{name}(..., augment=True) to carry them along in the state, " if method.augments else ""
+        over = "pf.NUTS()" if method.differentiable else "pf.PMMH()"
         raise MethodError(
             f"{name} infers the trajectory, and the model has the free parameters {list(free)}. Write "
-            f"infer(model, method=pf.NUTS(), states=pf.{name}(...)) to infer both, pf.{name}(..., augment=True) to "
-            "carry them along in the state, or fix them with numpyro.handlers.substitute."
+            f"infer(model, method={over}, states=pf.{name}(...)) to infer both, {along}or fix them with "
+            "numpyro.handlers.substitute."
         )
     if free and space.structure.static:
         raise MethodError(
@@ -59,6 +63,9 @@ def check_alone(method: StateMethod, problem: InverseProblem) -> StateSpace:
         )
     space = space.augmented() if method.augment else space
     _check_fit(method, space)
+    reason = method.why_not_alone(space)
+    if reason:
+        raise MethodError(f"{name} does not fit this model: {reason}.")
     return space
 
 
@@ -89,7 +96,25 @@ def check_given(states: Any, method: Method, problem: InverseProblem) -> StateSp
             f"Write infer(model, method=pf.{name}(...))."
         )
     _check_fit(states, space)
+    if method.gradients and not states.differentiable:
+        raise MethodError(
+            f"{type(method).__name__} follows the gradient of the log likelihood, and {states!r} has none: its choice "
+            "of particles is a jump. Use method=pf.PMMH(), or resampling=pf.StopGradient() or pf.Transport()."
+        )
+    reason = method.why_not_states(space, states) if isinstance(method, OverStates) else None
+    if reason:
+        raise MethodError(f"{type(method).__name__} does not fit: {reason}.")
     return space
+
+
+def check_needed(method: Method, states: Any) -> None:
+    """Refuse a method that needs `states=` and has none.
+
+    Raises:
+        MethodError: what to write.
+    """
+    if states is None and isinstance(method, OverStates):
+        raise MethodError(needs_states(method))
 
 
 def _check_fit(method: StateMethod, space: StateSpace) -> None:
@@ -122,6 +147,7 @@ def run_alone(
     pack = _moments if method.store == "moments" else one_chain
     groups |= {"filtering": pack(found.filtering), "one_step": pack(found.one_step)}
     groups["last_carry"] = one_chain(carry(found))
+    groups["filter_stats"] = found.stats
     if found.log_prior or found.log_likelihood:
         groups["sample_stats"] = one_chain({"lp": _total(found.log_prior) + _total(found.log_likelihood)})
     summary = {"log_evidence": found.log_evidence} | found.summary
@@ -204,7 +230,7 @@ def _given(
             "sample_stats": {"lp": prior + found.total_log_likelihood},
         }
 
-    return jax.lax.map(one, (positions, keys), batch_size=_BATCH)
+    return _evaluate.many(one, (positions, keys), None, _BATCH)
 
 
 def carry(found: StateDraws) -> dict[str, Array]:
@@ -215,7 +241,8 @@ def carry(found: StateDraws) -> dict[str, Array]:
 
 def reproducible(states: Any, notes: list[str]) -> bool:
     """Whether the model run at the draws of its latent sites gives back the trajectories, as replicated data need."""
-    if isinstance(states, Kalman) and states.exact and states.store == "draws":
+    exact = (isinstance(states, Kalman) and states.exact) or isinstance(states, DiscreteHMM)
+    if exact and states.store == "draws":
         return True
     notes.append(
         "posterior_predictive was left out: trajectories of an approximate or unstored smoother do not follow from the "

@@ -39,7 +39,9 @@ class Description:
             )
         lines = [_table(rows), "", f"noise: z ~ N(0, I) of length {self.dimension}"]
         if self.chain is not None:
-            lines.append(f"state: {self.chain.state_dimension} numbers over {self.chain.steps} steps")
+            discrete = [n for n in self.chain.structure.joint.discrete if n in self.chain.structure.latent]
+            also = f" and discrete {discrete}" if discrete else ""
+            lines.append(f"state: {self.chain.state_dimension} numbers{also} over {self.chain.steps} steps")
         lines.append("likelihood: " + ("Gaussian with fixed noise" if self.gaussian is None else self.gaussian))
         lines += ["", _table([("method", "fits"), *((n, "yes" if w is None else w) for n, w in self.methods.items())])]
         return "\n".join(lines)
@@ -57,7 +59,7 @@ def _chain(problem: InverseProblem) -> tuple[StateSpace | None, str]:
 
 def _misfit(method: Method, problem: InverseProblem, chain: StateSpace | None, reason: str) -> str | None:
     if not isinstance(method, StateMethod):
-        return method.why_not(problem)
+        return problem.why_not_continuous or method.why_not(problem)
     if chain is None:
         return reason
     misfit = method.why_not(chain)

@@ -4,6 +4,7 @@ The model is run with arguments for a longer series. Its `scan` is answered in p
 posterior has after its T steps, and each later step draws its sites, data included, from the laws of the body.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -208,7 +209,8 @@ def _last_carry(tree: Any, space: StateSpace) -> tuple[Array, list[Array]]:
             f"the posterior has {sizes[0]} chains and draws, and the last carry {sizes[1]}. Thin all groups alike, as "
             "tree.isel(draw=...) does."
         )
-    state, *riders = (jnp.asarray(group[n].to_numpy().reshape(-1, *has[n])) for n in names)
+    count = math.prod(sizes[1])  # a state of length 0 leaves -1 undetermined
+    state, *riders = (jnp.asarray(group[n].to_numpy().reshape(count, *has[n])) for n in names)
     return state, riders
 
 

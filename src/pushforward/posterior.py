@@ -62,9 +62,10 @@ class Labels:
                     f"dims[{variable!r}] names {len(given)} axes {given}, but the variable has shape {tuple(shape)}."
                 )
             return given
-        read = self.sites[variable].dims if variable in self.sites else ()
+        site = self.sites.get(variable) or self.sites.get(variable.removesuffix("_sd"))
+        read = site.dims if site else ()
         # A density has the axes of its site but for those of the event.
-        whole = variable in self.sites and tuple(shape) == tuple(self.sites[variable].shape[: len(shape)])
+        whole = site is not None and tuple(shape) == tuple(site.shape[: len(shape)])
         read = read[: len(shape)] if whole else (None,) * len(shape)
         names = []
         for axis, (dim, size) in enumerate(zip(read, shape, strict=True)):
@@ -98,6 +99,17 @@ def group(variables: Mapping[str, Any], labels: Labels, *, sampled: bool = True)
         if sampled:
             coords |= {"chain": np.arange(array.shape[0]), "draw": np.arange(array.shape[1])}
     return xr.Dataset(data, coords)
+
+
+def series(variables: Mapping[str, Any], labels: Labels) -> Any:
+    """A group of numbers about each step: an `xarray.Dataset` of variables with the dim ``time``."""
+    import xarray as xr
+
+    arrays = {name: np.asarray(value) for name, value in variables.items()}
+    length = next(iter(arrays.values())).shape[0] if arrays else 0
+    given = labels.coords.get("time")
+    time = given if given is not None and len(given) == length else np.arange(length)
+    return xr.Dataset({name: (("time",), value) for name, value in arrays.items()}, {"time": time})
 
 
 def tree(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:

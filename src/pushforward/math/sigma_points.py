@@ -89,8 +89,10 @@ def cubature(dim: int) -> Points:
     """The spherical-radial rule of third degree: +-sqrt(dim) along the axes, equal weights (Arasaratnam, Haykin 2009).
 
     Args:
-        dim: length of carry and noise together, >= 1.
+        dim: length of carry and noise together; 0 gives the one node of a law without spread.
     """
+    if dim == 0:
+        return rule(np.zeros((1, 0)), np.ones(1), np.ones(1))
     axes = np.sqrt(dim) * np.eye(dim)
     weights = np.full(2 * dim, 0.5 / dim)
     return rule(np.concatenate([axes, -axes]), weights, weights)

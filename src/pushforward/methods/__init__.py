@@ -1,12 +1,17 @@
 """INFER: one file per method, one class per file."""
 
+from pushforward.methods.discrete_hmm import DiscreteHMM
 from pushforward.methods.enkf import EnKF
 from pushforward.methods.gaussian_vi import GaussianVI
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.laplace import Laplace
 from pushforward.methods.nuts import NUTS
+from pushforward.methods.particle_filter import ParticleFilter
+from pushforward.methods.particle_gibbs import ParticleGibbs
 from pushforward.methods.pathfinder import Pathfinder
 from pushforward.methods.pcn import PreconditionedCrankNicolson
+from pushforward.methods.pmmh import PMMH
+from pushforward.methods.smc2 import SMC2
 from pushforward.methods.tempered_smc import TemperedSMC
 
 NAMES = {
@@ -18,5 +23,10 @@ NAMES = {
     "pathfinder": Pathfinder,
     "kalman": Kalman,
     "enkf": EnKF,
+    "discrete_hmm": DiscreteHMM,
+    "particle_filter": ParticleFilter,
+    "pmmh": PMMH,
+    "particle_gibbs": ParticleGibbs,
+    "smc2": SMC2,
 }
 """Names that stand for a method with its defaults."""

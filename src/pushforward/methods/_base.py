@@ -50,11 +50,13 @@ class Method(eqx.Module):
         accepts: the kind of problem that the method works on.
         returns: "posterior", or what the draws are instead (said in the result's attributes).
         shards: what `mesh=` splits over devices ("chains", "particles", "samples").
+        gradients: whether it needs the gradient of the log density.
     """
 
     accepts: ClassVar[type] = InverseProblem
     returns: ClassVar[str] = "posterior"
     shards: ClassVar[str] = "draws"
+    gradients: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
@@ -69,6 +71,10 @@ class Method(eqx.Module):
 
     def why_not(self, problem: Any) -> str | None:
         """Why the method does not fit the problem, or None where it does."""
+        return None
+
+    def failure(self, draws: Draws) -> str | None:
+        """What went wrong in a run without a usable result, where the method knows more than `Outcome` says."""
         return None
 
     def warnings(self, draws: Draws) -> list[str]:

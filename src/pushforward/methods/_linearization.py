@@ -153,5 +153,7 @@ def _regressed(
 def root(cov: Array) -> Array:
     """A lower triangular root of a covariance that may be singular: directions of no variance get 1e-6 of the largest
     standard deviation (1e-5 of the variance in float32), so that derivatives exist."""
-    size = jnp.max(jnp.diagonal(cov), initial=0.0) + jnp.finfo(cov.dtype).tiny
-    return jnp.linalg.cholesky(cov + _JITTER[cov.dtype.itemsize] * size * jnp.eye(cov.shape[0], dtype=cov.dtype))
+    size = _JITTER[cov.dtype.itemsize] * jnp.max(jnp.diagonal(cov), initial=0.0)
+    # A known state has no variance at all; any root that is far below it but not zero will do.
+    size = jnp.maximum(size, jnp.finfo(cov.dtype).tiny ** 0.5)
+    return jnp.linalg.cholesky(cov + size * jnp.eye(cov.shape[0], dtype=cov.dtype))

@@ -172,11 +172,12 @@ def kept(after: Cloud, record: Record, key: Key, draws: int, store: str) -> tupl
     if store == "last":
         return {}, {}
     laws = (after.weights, scaled(record.log_predictive)[0])
+    groups = (record.sites, record.predicted)
     if store == "moments":
-        return tuple(_moments(record.sites, w) for w in laws)  # type: ignore[reportReturnType]
+        return tuple(_moments(g, w) for g, w in zip(groups, laws, strict=True))  # type: ignore[reportReturnType]
     uniforms = jax.random.uniform(key, (2,), after.weights.dtype)
     rows = [systematic_from(u, w, draws) for u, w in zip(uniforms, laws, strict=True)]
-    return tuple({n: v[r] for n, v in record.sites.items()} for r in rows)  # type: ignore[reportReturnType]
+    return tuple({n: v[r] for n, v in g.items()} for g, r in zip(groups, rows, strict=True))  # type: ignore[reportReturnType]
 
 
 def _moments(sites: dict[str, Array], weights: Array) -> dict[str, Array]:
@@ -190,6 +191,12 @@ def _moments(sites: dict[str, Array], weights: Array) -> dict[str, Array]:
         return jnp.stack([mean, sd]).reshape(2, *value.shape[1:])
 
     return {n: of(v) for n, v in sites.items()}
+
+
+def split_moments(sites: dict[str, Array], weights: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Weighted means and standard deviations of sites with leading axis N."""
+    found = _moments(sites, weights)
+    return {n: v[0] for n, v in found.items()}, {n: v[1] for n, v in found.items()}
 
 
 def riders_at(chain: Chain, cloud: Cloud, rows: Array) -> list[Array]:

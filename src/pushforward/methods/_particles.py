@@ -50,12 +50,14 @@ class Record(eqx.Module):
     Attributes:
         ancestors: index of each particle's predecessor (N,).
         sites: values of the step's sites, leading axis N.
-        log_predictive: log weights that make the particles draws of the one-step prediction, up to a constant.
+        predicted: values of the same sites drawn from the one-step prediction, up to weights.
+        log_predictive: log weights of these, up to a constant.
         increment: log p(y_t given y_1..t-1), estimated.
     """
 
     ancestors: Array
     sites: dict[str, Array]
+    predicted: dict[str, Array]
     log_predictive: Array
     increment: Array
 
@@ -92,17 +94,17 @@ class ParticleSteps(eqx.Module):
 
     def step(self, chain: Chain, before: Cloud, t: Array, random: Random) -> tuple[Cloud, Record]:
         """Resample, move and weigh; `t` numbers the step's row of data and covariates."""
-        chosen, log_weights, ancestors = self._select(chain, before, t, random)
-        moved = self.proposal.move(chain, chosen.state, chosen.riders, chosen.memory, t, random.normals)
+        (state, riders, memory), log_weights, ancestors = self._select(chain, before, t, random)
+        moved = self.proposal.move(chain, state, riders, memory, t, random.normals)
         good = jnp.all(jnp.isfinite(moved.state), 1)
         total = jnp.where(good, log_weights + moved.log_weight, -jnp.inf)
-        predictive = jnp.where(good, log_weights + moved.log_ratio, -jnp.inf)
+        predictive = jnp.where(good, log_weights, -jnp.inf)
         after = eqx.tree_at(lambda c: (c.state, c.riders, c.memory), before, (moved.state, moved.riders, moved.memory))
         cloud, increment = weighed(after, total, t)
-        return cloud, Record(ancestors, moved.sites, predictive, increment)
+        return cloud, Record(ancestors, moved.sites, moved.predicted, predictive, increment)
 
-    def _select(self, chain: Chain, before: Cloud, t: Array, random: Random) -> tuple[Cloud, Array, Array]:
-        """The particles that go on, their log weights and ancestors.
+    def _select(self, chain: Chain, before: Cloud, t: Array, random: Random) -> tuple[tuple, Array, Array]:
+        """State, riders and memory of the particles that go on, their log weights and ancestors.
 
         With first-stage weights v_i = W_i m_i the copies of particle a have the weight W_a / v_a sum v / N, so that the
         likelihood estimate stays unbiased (Pitt and Shephard 1999).
@@ -115,7 +117,7 @@ class ParticleSteps(eqx.Module):
             stage = before.log_weights + jnp.where(jnp.isnan(look), -jnp.inf, look)
             weights, log_total, ess = scaled(stage)
 
-        def resampled() -> tuple[Cloud, Array, Array]:
+        def resampled() -> tuple[tuple, Array, Array]:
             ancestors = self.resampling.ancestors(random.uniforms, weights, n)
             state, log_weights = self.resampling.moved(before.state, stage, ancestors)
             joined = chain.joined_size
@@ -124,11 +126,11 @@ class ParticleSteps(eqx.Module):
                 log_weights = log_weights + (before.log_weights - stage)[ancestors]
             riders = [r[ancestors] for r in before.riders] if chain.structure.discrete else before.riders
             memory = jax.tree.map(lambda v: v[ancestors], before.memory)
-            chosen = eqx.tree_at(lambda c: (c.state, c.riders, c.memory), before, (state, riders, memory))
-            return chosen, log_weights + (log_total - jnp.log(float(n))), ancestors
+            return (state, riders, memory), log_weights + (log_total - jnp.log(float(n))), ancestors
 
-        def kept() -> tuple[Cloud, Array, Array]:
-            return before, before.log_weights, jnp.arange(n, dtype=jnp.int32)
+        def kept() -> tuple[tuple, Array, Array]:
+            going = (before.state, before.riders, before.memory)
+            return going, before.log_weights, jnp.arange(n, dtype=jnp.int32)
 
         if self.resampling.threshold == 0:
             return kept()

@@ -22,16 +22,17 @@ class Proposed(eqx.Module):
         riders: what rides along; without the axis N where nothing in it is random.
         memory: what the proposal itself carries along.
         sites: values of the step's latent and deterministic sites.
+        predicted: values of the same sites drawn by the model's own law, for the one-step prediction. Weights p / q would
+            make it of `sites`, with infinite variance where q is much narrower than p.
         log_weight: log of p(data given particle) p(particle) / q(particle).
-        log_ratio: log of p(particle) / q(particle), which makes the particles draws of the one-step prediction.
     """
 
     state: Array
     riders: list[Array]
     memory: Any
     sites: dict[str, Array]
+    predicted: dict[str, Array]
     log_weight: Array
-    log_ratio: Array
 
 
 class Begun(eqx.Module):
@@ -117,7 +118,7 @@ class Bootstrap(Proposal):
         """See `Proposal.move`."""
         moved = step_all(chain, state, riders, t, normals)
         value = log_likelihood(moved)
-        return Proposed(moved.state, riders_of(chain, moved), memory, moved.sites, value, jnp.zeros_like(value))
+        return Proposed(moved.state, riders_of(chain, moved), memory, moved.sites, moved.sites, value)
 
 
 def step_all(chain: Chain, state: Array, riders: list[Array], t: Array, noise: Array) -> Moved:

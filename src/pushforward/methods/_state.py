@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 
+from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.methods._base import Method
 from pushforward.model.state_space import Chain, StateSpace
@@ -28,6 +29,7 @@ class StateDraws(eqx.Module):
         last: the carry after the last step, draws of its state (draw, n) and what rides along (draw, ...).
         log_evidence: log p(data given parameters), exact or estimated.
         summary: numbers about the run.
+        stats: numbers about each step (T,), such as ``ess`` and ``log_likelihood_increment``.
     """
 
     posterior: dict[str, Array]
@@ -38,6 +40,24 @@ class StateDraws(eqx.Module):
     last: tuple[Array, list[Array]]
     log_evidence: Array
     summary: dict[str, Array]
+    stats: dict[str, Array] = eqx.field(default_factory=dict)
+
+
+class Increment(eqx.Module):
+    """What one step of a stream gives: moments of the filtering law of its sites, and how likely its data were.
+
+    Attributes:
+        mean: filtering mean by site of the step, latent and deterministic; parameters that are part of the state, too.
+        sd: standard deviations, likewise.
+        log_likelihood: log p(y_t given y_1..t-1), a scalar.
+        summary: numbers about the step, scalars. Where a method has them, under the names ``ess`` (effective sample
+            size) and ``surprise`` (squared innovations over their expectation).
+    """
+
+    mean: dict[str, Array]
+    sd: dict[str, Array]
+    log_likelihood: Array
+    summary: dict[str, Array]
 
 
 class StateMethod(Method):
@@ -46,11 +66,13 @@ class StateMethod(Method):
     Attributes:
         differentiable: whether `log_likelihood` has a gradient in the parameters.
         densities: whether draws come with their log prior and log likelihood.
+        augments: whether free parameters may join the state.
     """
 
     accepts: ClassVar[type] = StateSpace
     differentiable: ClassVar[bool] = True
     densities: ClassVar[bool] = True
+    augments: ClassVar[bool] = True
     augment: eqx.AbstractVar[bool]
     store: eqx.AbstractVar[str]
 
@@ -72,6 +94,10 @@ class StateMethod(Method):
             store: one of `STORES`.
         """
 
+    def why_not_alone(self, problem: Any) -> str | None:
+        """Why the method cannot give a result of its own, where it may serve under `states=`; or None."""
+        return None
+
     def members_of(self, draws: int) -> int:
         """How many times each step of the model is run."""
         return 1 + draws
@@ -79,3 +105,37 @@ class StateMethod(Method):
     def run(self, problem: StateSpace, key: Key, draws: int, runner: Any) -> Any:
         """`infer` runs state methods through `trajectories`; this is the same for a caller with a `Runner`."""
         return runner.call(lambda space, key: self.trajectories(space.chain(), key, draws, self.store), problem, key)
+
+    @property
+    def online(self) -> bool:
+        """Whether the method assimilates one step at a time, for `pf.online`."""
+        return type(self).advance is not StateMethod.advance
+
+    def begin(self, chain: Chain, key: Key) -> tuple[Any, Array]:
+        """The belief about the initial state given the data that depend on it, and their log likelihood.
+
+        Args:
+            chain: the model with the data of its first step.
+            key: typed JAX key.
+
+        Returns:
+            A pytree of arrays of fixed shapes, without NaN and +infinity while all is well, and a scalar.
+        """
+        raise not_online(self)
+
+    def advance(self, chain: Chain, belief: Any, key: Key) -> tuple[Any, Increment]:
+        """The belief after one more step.
+
+        Args:
+            chain: the model with the data of this step alone, step 0 of `chain.step`.
+            belief: that of `begin`, or of the step before.
+            key: typed JAX key of the step.
+        """
+        raise not_online(self)
+
+
+def not_online(method: StateMethod) -> MethodError:
+    return MethodError(
+        f"{type(method).__name__} has no online form: it does not assimilate one step at a time. Use pf.online with "
+        "pf.Kalman() or pf.EnKF(members=100), or pf.infer with all data."
+    )

@@ -25,7 +25,8 @@ from pushforward.methods._ensemble_parts import (
 )
 from pushforward.methods._kalman_filter import each
 from pushforward.methods._loops import checkpointed_scan
-from pushforward.methods._state import STORES, StateDraws, StateMethod
+from pushforward.methods._online import ensemble_advance, ensemble_begin
+from pushforward.methods._state import STORES, Increment, StateDraws, StateMethod
 from pushforward.model import trajectories
 from pushforward.model.linear import why_no_gaussian_noise
 from pushforward.model.state_space import Chain, StateSpace
@@ -238,6 +239,14 @@ class EnKF(StateMethod):
 
         follows = {n for n in found if {k[0] for k in s.around.sources("values", n)} & {"last", "stacked"}}
         return {n: update(n, v) for n, v in found.items() if n not in follows and n not in s.late}
+
+    def begin(self, chain: Chain, key: Key) -> tuple[Ensemble, Array]:
+        """See `StateMethod.begin`."""
+        return ensemble_begin(chain, self.filter, key)
+
+    def advance(self, chain: Chain, belief: Ensemble, key: Key) -> tuple[Ensemble, Increment]:
+        """See `StateMethod.advance`; of a smoother, the filter alone."""
+        return ensemble_advance(chain, self.filter, belief, key)
 
     def warnings(self, draws: Draws) -> list[str]:
         """Replaced members, and innovations far larger than the ensemble expects."""

@@ -54,6 +54,7 @@ class GaussianVI(Method):
     max_steps: int = 1000
 
     shards = "samples"
+    gradients = True
 
     def __check_init__(self):
         check_integer("GaussianVI", 2, samples=self.samples)

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
@@ -24,7 +23,8 @@ from pushforward.methods._kalman_filter import (
     log_evidence,
 )
 from pushforward.methods._linearization import Exact, Linearization, root
-from pushforward.methods._state import STORES, StateDraws, StateMethod
+from pushforward.methods._online import GaussianBelief, gaussian_advance, gaussian_begin, site_moments
+from pushforward.methods._state import STORES, Increment, StateDraws, StateMethod
 from pushforward.model import trajectories
 from pushforward.model.blocks import Blocks, blocks
 from pushforward.model.linear import Facts, facts
@@ -188,6 +188,14 @@ class Kalman(StateMethod):
         rest = (found.riders, found.last_riders, evidence)
         return _package(chain, rest, _own_noise(drawn, chain.noise_dimension), key, draws)
 
+    def begin(self, chain: Chain, key: Key) -> tuple[GaussianBelief, Array]:
+        """See `StateMethod.begin`; independent blocks are filtered together, as one state."""
+        return gaussian_begin(chain)
+
+    def advance(self, chain: Chain, belief: GaussianBelief, key: Key) -> tuple[GaussianBelief, Increment]:
+        """See `StateMethod.advance`."""
+        return gaussian_advance(chain, belief, self.linearization, self._growth)
+
 
 def _facts(chain: Chain) -> Facts:
     return facts(_space(chain))
@@ -246,11 +254,8 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
         return chain.step(joint[:-q] if q else joint, riding, t, joint[-q:] if q else still).sites
 
     def moments(law: tuple[Array, Array], riding: list[Array], t: Array) -> dict[str, Array]:
-        mean, cov = law
-        flat, back = ravel_pytree(sites_at(mean, riding, t))
-        slopes = jax.jacfwd(lambda u: ravel_pytree(sites_at(u, riding, t))[0])(mean)
-        spread = jnp.sqrt(jnp.maximum(jnp.sum((slopes @ cov) * slopes, 1), 0.0))
-        return jax.tree.map(lambda *v: jnp.stack(v), back(flat), back(spread))
+        found = site_moments(lambda joint: sites_at(joint, riding, t), *law)
+        return jax.tree.map(lambda *v: jnp.stack(v), *found)
 
     def move(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         mean, cov, riding, total, _ = carry

@@ -49,6 +49,8 @@ class Laplace(Method):
     tolerance: float = 1e-5
     max_steps: int = 2000
 
+    gradients = True
+
     def __check_init__(self):
         check_choice("Laplace", _CURVATURES, curvature=self.curvature)
         check_positive("Laplace", tolerance=self.tolerance)

@@ -50,6 +50,7 @@ class NUTS(Method):
     max_tree_depth: int = 10
 
     shards = "chains"
+    gradients = True
 
     def __check_init__(self):
         check_integer("NUTS", 1, chains=self.chains, max_tree_depth=self.max_tree_depth)

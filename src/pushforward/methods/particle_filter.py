@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -32,12 +33,13 @@ from pushforward.methods._particle_smoothing import (
     riders_at,
     simulate,
     sites_of,
+    split_moments,
     trace,
 )
 from pushforward.methods._particles import Cloud, ParticleSteps
 from pushforward.methods._proposals import Bootstrap, Proposal
 from pushforward.methods._rao_blackwell import RaoBlackwell
-from pushforward.methods._state import STORES, StateDraws, StateMethod
+from pushforward.methods._state import STORES, Increment, StateDraws, StateMethod
 from pushforward.model import by_value
 from pushforward.model.state_space import Chain, StateSpace
 
@@ -164,7 +166,7 @@ class ParticleFilter(StateMethod):
         if not self.proposal.has_density and not isinstance(self.regularization, NoJitter):
             return f"{self.proposal!r} gives particles moments, which {self.regularization!r} would move apart"
         if not self.proposal.has_density and isinstance(self.resampling, Transport):
-            return f"{self.proposal!r} gives particles moments, which pf.Transport() would average; use pf.StopGradient()"
+            return f"{self.proposal!r} gives particles moments, which pf.Transport() would average; use pf.Systematic()"
         return self.proposal.why_not(problem)
 
     def why_not_alone(self, problem: StateSpace) -> str | None:
@@ -177,7 +179,7 @@ class ParticleFilter(StateMethod):
         if problem.joined:
             return f"parameters in the state have no transition density, which {self.smoother!r} needs. Use {way}"
         return (
-            f"the carry does not follow from the sites sampled in the step, so that it has no transition density, which "
+            "the carry does not follow from the sites sampled in the step, so that it has no transition density, which "
             f"{self.smoother!r} needs. Sample the state itself (x = numpyro.sample('x', dist.Normal(f(x), sd)), not a "
             f"multiple of a noise site), or use {way}"
         )
@@ -236,6 +238,20 @@ class ParticleFilter(StateMethod):
         parts = self._sites(chain, start, noise, paths, end, fifth)
         return StateDraws(parts[0], *groups, parts[1], parts[2], parts[3], evidence, summary | numbers, stats)
 
+    def begin(self, chain: Chain, key: Key) -> tuple[Cloud, Array]:
+        """See `StateMethod.begin`."""
+        cloud, _ = self.steps.start(chain, key)
+        return cloud, cloud.log_likelihood
+
+    def advance(self, chain: Chain, belief: Cloud, key: Key) -> tuple[Cloud, Increment]:
+        """See `StateMethod.advance`."""
+        after, record = self.steps.step(chain, belief, jnp.asarray(0), self.steps.random(chain, key))
+        alive = jnp.isfinite(after.log_weights)[:, None]
+        after = eqx.tree_at(lambda c: c.state, after, jnp.where(alive, after.state, 0.0))
+        sites = record.sites | joined_of(chain, after.state)
+        mean, sd = split_moments(sites, after.weights)
+        return after, Increment(mean, sd, record.increment, {"ess": after.ess})
+
     def _paths(self, chain: Chain, history: History, last: Array, key: Key) -> tuple[Paths, dict[str, Array]]:
         """Trajectories through the history, and numbers about them."""
         space = StateSpace(chain.arrays, chain.structure, chain.joined)
@@ -281,9 +297,10 @@ class ParticleFilter(StateMethod):
                 "a guided proposal (pf.Linearized()); with many data per step use pf.EnKF()."
             )
         distinct = float(draws.summary.get("distinct_ancestors", jnp.inf))
+        more = "smoother=pf.BackwardMoves() gives" if self.proposal.has_density else "More particles give"
         if distinct < 100 and draws.positions and jax.tree.leaves(draws.positions)[0].shape[1] > distinct:
             notes.append(
                 f"the trajectories go back to {distinct:.0f} distinct initial particles, so that early states "
-                "have few distinct values. smoother=pf.BackwardMoves() gives more."
+                f"have few distinct values. {more} more."
             )
         return notes

@@ -62,6 +62,7 @@ class Pathfinder(Method):
     proposals: int = 4000
 
     shards = "paths"
+    gradients = True
 
     def __check_init__(self):
         check_integer("Pathfinder", 1, paths=self.paths, memory=self.memory, max_steps=self.max_steps)

@@ -72,7 +72,10 @@ def support(s: ChainStructure) -> Support | str:
 def why_not(space: StateSpace) -> str | None:
     """Why the states of a model are not finitely many, or None where they are."""
     found = support(space.structure)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    programs(space.structure)  # read here, since inside a model that is being traced its sites would be met twice
+    return None
 
 
 def _support(s: ChainStructure) -> Support | str:
@@ -314,9 +317,13 @@ class Finite(eqx.Module):
             return jax.vmap(lambda b: at(before, b))(numbers)
 
         count, each = len(rows[0]), len(numbers)
-        if count * each <= _AT_ONCE:
+        batch = max(1, _AT_ONCE // each)
+        if count <= batch:
             return jax.vmap(of)(rows)
-        return jax.lax.map(of, rows, batch_size=max(1, _AT_ONCE // each))
+        # `lax.map` with a batch size fails on arrays without elements, such as the state of a chain of integers.
+        parts = jnp.minimum(jnp.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)
+        found = jax.lax.map(lambda part: jax.vmap(of)(jax.tree.map(lambda v: v[part], rows)), parts)
+        return jax.tree.map(lambda v: v.reshape(v.shape[0] * batch, *v.shape[2:])[:count], found)
 
     def potentials(self, table: Table, step: Array) -> Potentials:
         """Log densities of one step for all states and values."""

@@ -212,7 +212,7 @@ class Chain(eqx.Module):
         s = self.structure
         tiled = jax.tree.map(lambda v: jnp.broadcast_to(v, (s.length, *jnp.shape(v))), returned)
         found = s.around(arrays=self.arrays, outer=self.outer, last=_zeros(s.carry, s.carry_tree), stacked=tiled)
-        return {n: jax.tree.map(lambda v: v[step], found["observed"][n]) for n in s.fused}
+        return {n: jax.tree.map(lambda v: jnp.asarray(v)[step], found["observed"][n]) for n in s.fused}
 
 
 def _observed(sites: dict[str, Any]) -> Observed:

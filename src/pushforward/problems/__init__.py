@@ -8,7 +8,8 @@
 (8,)
 
 State-space models are modules of their own, with more than one model each and their exact answers or published
-scores: `nile`, `air_passengers`, `local_linear`, `linear_state_space`, `lorenz63`, `lorenz96`.
+scores: `nile`, `air_passengers`, `local_linear`, `linear_state_space`, `lorenz63`, `lorenz96`; for particle filters and
+discrete states `stochastic_volatility`, `nonlinear_growth`, `influenza`, `regime_switching`.
 
 >>> from pushforward.problems import nile
 >>> nile.DATA.shape
@@ -19,6 +20,7 @@ from pushforward.problems import (
     air_passengers,
     bod,
     eight_schools,
+    influenza,
     linear_gaussian,
     linear_state_space,
     local_linear,
@@ -26,6 +28,9 @@ from pushforward.problems import (
     lorenz96,
     lynx_hare,
     nile,
+    nonlinear_growth,
+    regime_switching,
+    stochastic_volatility,
 )
 from pushforward.problems._anchor import Anchor
 from pushforward.problems._problem import Problem
@@ -37,6 +42,7 @@ __all__ = [
     "air_passengers",
     "bod",
     "eight_schools",
+    "influenza",
     "linear_gaussian",
     "linear_state_space",
     "local_linear",
@@ -44,7 +50,10 @@ __all__ = [
     "lorenz96",
     "lynx_hare",
     "nile",
+    "nonlinear_growth",
     "problem",
+    "regime_switching",
+    "stochastic_volatility",
 ]
 
 _BUILDERS = {
