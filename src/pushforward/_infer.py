@@ -116,9 +116,10 @@ def infer(
     attributes |= {"states": repr(states)} if states is not None else {}
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
-        diagnose(problem)
-        text = method.failure(found) or outcome.text
-        raise InferenceError(f"{type(method).__name__}: {text}", outcome, tree)
+        known = method.failure(found)
+        if known is None:
+            diagnose(problem)
+        raise InferenceError(f"{type(method).__name__}: {known or outcome.text}", outcome, tree)
     for caution in cautions if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
         warnings.warn(f"{type(method).__name__}: {caution}", UserWarning, stacklevel=2)
     return tree

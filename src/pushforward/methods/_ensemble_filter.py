@@ -118,12 +118,22 @@ class Ensemble(eqx.Module):
     surprise: Array
 
 
+class Seen(eqx.Module):
+    """What a cycle knew of its data: what the members predict (N, m), the noise taken for it, and their log density."""
+
+    predicted: Array
+    noise: Array
+    whitened: Whitened
+    log_likelihood: Array
+
+
 class Cycle(eqx.Module):
     """What one cycle leaves: columns before and after the analysis (N, K), and the weights of earlier ensembles."""
 
     forecast: Array
     analysis: Array
     weights: Array
+    seen: Seen | None
 
 
 class Filter(eqx.Module):
@@ -181,7 +191,7 @@ class Filter(eqx.Module):
         after = Ensemble(
             analysis[:, : columns.n], riders, memory, total, before.replaced + replaced, before.surprise + surprise(w)
         )
-        return after, Cycle(forecast, analysis, weights)
+        return after, Cycle(forecast, analysis, weights, Seen(predicted, variances, w, value))
 
     def _update(
         self, columns: Layout, forecast: Array, predicted: Array, data: Array, noise: Array, w: Any, key: Key
@@ -245,12 +255,13 @@ class Filter(eqx.Module):
         forecast = jax.vmap(columns.pack)(moved)
         analysis = self.inflation.after(forecast, analysis, keys[2])
         analysis, weights = self._turn_late(analysis, weights, keys[4])
-        total = before.log_likelihood + ensemble.log_likelihood(w)
+        value = ensemble.log_likelihood(w)
+        total = before.log_likelihood + value
         riders = [r[0] for r in moved.riders]
         after = Ensemble(
             analysis[:, : columns.n], riders, before.memory, total, before.replaced, before.surprise + surprise(w)
         )
-        return after, Cycle(forecast, analysis, weights)
+        return after, Cycle(forecast, analysis, weights, Seen(moved.observed.mean, variances, w, value))
 
 
 def surprise(w: Whitened) -> Array:

@@ -79,8 +79,8 @@ class Linearized(Guided):
     """The law of the step's noise given its data, for the tangent of the predicted data (Doucet et al. 2000, II-D).
 
     The tangent is taken at z = 0, then at the mean that it gave (Gauss-Newton). Weights are exact, so that a poor
-    tangent costs variance alone. Where the data's noise, not their mean, depends on the state, as in stochastic volatility, use
-    `pf.Newton`.
+    tangent costs variance alone. Where the data's noise, not their mean, depends on the state, as in stochastic
+    volatility, use `pf.Newton`.
 
     Args:
         iterations: number of tangents.

@@ -8,7 +8,8 @@ import numpy as np
 
 from pushforward._types import Array, Key
 from pushforward.math import kalman, kalman_steady
-from pushforward.math.kalman import Filtered, Step, Updated, Varying
+from pushforward.math.innovations import Innovations, kalman_innovations
+from pushforward.math.kalman import Step, Updated, Varying
 from pushforward.methods._kalman_filter import AllDraws, CarryDraws, draw, over_time
 from pushforward.model.blocks import Blocks, block_first, block_step
 from pushforward.model.linear import Facts
@@ -73,22 +74,25 @@ def block_log_likelihood(chain: Chain, found: Blocks, known: Facts) -> Array:
     return jnp.sum(rest) + jnp.sum(series.first.log_likelihood)
 
 
-def block_draws(chain: Chain, found: Blocks, known: Facts, key: Key, draws: int) -> tuple[AllDraws, list[Array], Array]:
-    """Draws of all blocks put together, what rides along, and log p(data)."""
+def block_draws(
+    chain: Chain, found: Blocks, known: Facts, key: Key, draws: int
+) -> tuple[AllDraws, list[Array], Array, Innovations]:
+    """Draws of all blocks put together, what rides along, log p(data), and the innovations of each step."""
     series = block_series(chain, found, known)
 
-    def one(first: Updated, noise: Array, steps: Step, ys: Array, key: Key) -> tuple[AllDraws, Filtered]:
+    def one(first: Updated, noise: Array, steps: Step, ys: Array, key: Key) -> tuple[AllDraws, Innovations]:
         filtered = kalman.filter_series(first.mean, first.cov, steps, ys, varying=series.varying)
         root = jax.vmap(kalman.noise_root)(steps.R) if series.varying.R else kalman.noise_root(steps.R)
         roots = (kalman.noise_root(noise), jnp.broadcast_to(root, (len(ys), *root.shape[-2:])))
         drawn = draw(first, filtered.records, filtered.means[-1], roots, key, draws)
-        return drawn, filtered._replace(records=None)  # type: ignore[reportArgumentType]
+        return drawn, jax.vmap(kalman_innovations)(filtered.records, ys)
 
     keys = jax.random.split(key, found.count)
-    drawn, filtered = jax.vmap(one, (0, 0, series.axes, 1, 0))(
+    drawn, innovations = jax.vmap(one, (0, 0, series.axes, 1, 0))(
         series.first, series.first_noise, series.steps, series.data, keys
     )
-    evidence = jnp.sum(filtered.log_likelihood) + jnp.sum(series.first.log_likelihood)
+    innovations = jax.tree.map(lambda v: jnp.sum(v, 0), innovations)
+    evidence = jnp.sum(innovations.log_likelihood) + jnp.sum(series.first.log_likelihood)
     smooth = drawn.smoothing
     together = CarryDraws(
         _joined(smooth.initial, found.initial),
@@ -97,7 +101,7 @@ def block_draws(chain: Chain, found: Blocks, known: Facts, key: Key, draws: int)
         _joined(smooth.last, found.state),
     )
     pairs = [(_joined(x, found.state), _joined(e, found.noise)) for x, e in (drawn.filtering, drawn.one_step)]
-    return AllDraws(together, *pairs), series.riders, evidence
+    return AllDraws(together, *pairs), series.riders, evidence, innovations
 
 
 def _joined(parts: Array, index: np.ndarray) -> Array:

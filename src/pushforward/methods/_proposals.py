@@ -22,8 +22,8 @@ class Proposed(eqx.Module):
         riders: what rides along; without the axis N where nothing in it is random.
         memory: what the proposal itself carries along.
         sites: values of the step's latent and deterministic sites.
-        predicted: values of the same sites drawn by the model's own law, for the one-step prediction. Weights p / q would
-            make it of `sites`, with infinite variance where q is much narrower than p.
+        predicted: values of the same sites drawn by the model's own law, for the one-step prediction. Weights p / q
+            would make it of `sites`, with infinite variance where q is much narrower than p.
         log_weight: log of p(data given particle) p(particle) / q(particle).
     """
 

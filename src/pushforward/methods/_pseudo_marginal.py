@@ -29,6 +29,12 @@ _GAIN, _DECAY = 2.0, 0.6
 class OverStates(Method):
     """Base of methods that draw parameters and trajectory together, by a state method; subclasses are final."""
 
+    def why_not(self, problem: InverseProblem) -> str | None:
+        """See `Method.why_not`."""
+        if any("time" in site.dims for site in problem.sites.values()):
+            return None
+        return "it draws parameters and a trajectory, and the model has no numpyro scan"
+
     def why_not_states(self, space: StateSpace, states: StateMethod) -> str | None:
         """Why the method does not fit a state method on a model, or None."""
         return None

@@ -40,8 +40,8 @@ class RaoBlackwell(Proposal):
 
     For models that are linear and Gaussian once the sampled sites are known, such as a linear model whose regime
     switches; verified by data flow. The weight of a particle is the predictive density of its Kalman filter, so that
-    the likelihood estimate stays unbiased and varies less than that of particles for everything. Smoothing draws follow the
-    particles' ancestors, and simulate what was integrated out exactly given these (Carter and Kohn 1994).
+    the likelihood estimate stays unbiased and varies less than that of particles for everything. Smoothing draws follow
+    the particles' ancestors, and simulate what was integrated out exactly given these (Carter and Kohn 1994).
 
     Args:
         sampled: names of the latent sites that particles sample; (): discrete ones, and as few others as leave the

@@ -128,15 +128,15 @@ class DiscreteHMM(StateMethod):
         mean, sd = ({n: v[i] for n, v in filtering.items()} for i in (0, 1))
         return after, Increment(mean, sd, increment, {})
 
-    def warnings(self, draws: Draws) -> list[str]:
-        """Where no state explains the data."""
+    def failure(self, draws: Draws) -> str | None:
+        """The step that no state explains."""
         step = int(draws.summary.get("impossible_step", -1))
         if step < 0:
-            return []
-        return [
+            return None
+        return (
             f"the data of step {step} (counted from 0) are impossible in every state that the data before allow. Look "
             "for transition probabilities of 0 and for data outside the support of their law."
-        ]
+        )
 
 
 def _begin(hidden: Finite) -> tuple[Belief, Array]:

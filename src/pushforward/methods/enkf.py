@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
+from pushforward.math.innovations import Innovations, ensemble_chi_square
 from pushforward.methods import _ensemble_filter
 from pushforward.methods._base import Draws, check_boolean, check_choice, check_integer
 from pushforward.methods._ensemble_filter import Cycle, Ensemble, Filter, Layout
@@ -23,6 +24,7 @@ from pushforward.methods._ensemble_parts import (
     NoInflation,
     Smoother,
 )
+from pushforward.methods._filter_stats import data_shapes, innovation_stats, split_data, with_noise
 from pushforward.methods._kalman_filter import each
 from pushforward.methods._loops import checkpointed_scan
 from pushforward.methods._online import ensemble_advance, ensemble_begin
@@ -175,18 +177,26 @@ class EnKF(StateMethod):
         first, second, third = jax.random.split(key, 3)
         start, noise, weights = self.filter.start(chain, first)
         columns = _ensemble_filter.layout(chain, store == "draws" and _ensemble_filter.needs_returned(chain.structure))
+        fourth = jax.random.fold_in(third, 1)
+        rows = jnp.linspace(0, self.members - 1, min(draws, self.members)).round().astype(int)
+        if draws == 1:
+            rows = jax.random.randint(third, (1,), 0, self.members)
 
         def move(carry: tuple[Ensemble, Array], t: Array) -> tuple[tuple[Ensemble, Array], Any]:
             after, cycle = self.filter.cycle(chain, columns, carry[0], t, jax.random.fold_in(second, t))
-            return (after, cycle.analysis), _kept(columns, cycle, store)
+            seen = cycle.seen
+            assert seen is not None
+            found = Innovations(seen.log_likelihood, ensemble_chi_square(seen.whitened), seen.whitened.count)
+            data = {}
+            if store == "draws" and draws > 1:
+                values = with_noise(seen.predicted[rows], seen.noise, jax.random.fold_in(fourth, t))
+                data = split_data(values, data_shapes(chain))
+            return (after, cycle.analysis), (_kept(columns, cycle, store), data, innovation_stats(found))
 
         size = columns.n + sum(_column_sizes(columns))
         blank = jnp.zeros((self.members, size), start.members.dtype)
         times = jnp.arange(chain.structure.length)
-        (end, analysis), kept = jax.lax.scan(move, (start, blank), times)
-        rows = jnp.linspace(0, self.members - 1, min(draws, self.members)).round().astype(int)
-        if draws == 1:
-            rows = jax.random.randint(third, (1,), 0, self.members)
+        (end, analysis), (kept, data, stats) = jax.lax.scan(move, (start, blank), times)
         if not chain.structure.discrete:
             end = eqx.tree_at(lambda e: e.riders, end, each(end.riders, self.members))
         last = (end.members[rows], [r[rows] for r in end.riders])
@@ -195,12 +205,13 @@ class EnKF(StateMethod):
         if store == "draws":
             posterior = self._smoothed(chain, columns, kept, (noise, weights), end, third)
             groups = [columns.values(jnp.swapaxes(part[:, rows], 0, 1)) for part in (kept.analysis, kept.forecast)]
+            groups[1] |= jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), data)
         else:
             posterior = columns.values(analysis) | _joined(chain, end.members)
             swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in kept]
             groups = swapped if store == "moments" else [{}, {}]
         posterior = jax.tree.map(lambda v: v[rows], posterior)
-        return StateDraws(posterior, groups[0], groups[1], {}, {}, last, evidence, summary)
+        return StateDraws(posterior, groups[0], groups[1], {}, {}, last, evidence, summary, stats)
 
     def _smoothed(
         self, chain: Chain, columns: Layout, kept: Cycle, begun: tuple[Array, Array], end: Ensemble, key: Key
@@ -282,7 +293,7 @@ def _joined(chain: Chain, members: Array) -> dict[str, Array]:
 def _kept(columns: Layout, cycle: Cycle, store: str) -> Any:
     """What a cycle leaves behind: everything, moments of the analysis and the forecast, or nothing."""
     if store == "draws":
-        return cycle
+        return Cycle(cycle.forecast, cycle.analysis, cycle.weights, None)
     if store == "last":
         return ()
 

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.math import kalman, kalman_parallel, kalman_steady
+from pushforward.math.innovations import kalman_innovations
 from pushforward.methods import _linearization
 from pushforward.methods._base import check_boolean, check_choice, check_positive
+from pushforward.methods._filter_stats import along as predicted_along
+from pushforward.methods._filter_stats import innovation_stats
 from pushforward.methods._kalman_blocks import block_draws, block_log_likelihood
 from pushforward.methods._kalman_filter import (
     AllDraws,
@@ -21,6 +24,7 @@ from pushforward.methods._kalman_filter import (
     joint_moments,
     linear_series,
     log_evidence,
+    over_time,
 )
 from pushforward.methods._linearization import Exact, Linearization, root
 from pushforward.methods._online import GaussianBelief, gaussian_advance, gaussian_begin, site_moments
@@ -178,14 +182,16 @@ class Kalman(StateMethod):
             return _without_trajectories(self, chain, key, draws, store)
         parts = self._blocks(chain)
         if parts is not None:
-            drawn, riders, evidence = block_draws(chain, parts, _facts(chain), key, draws)
-            return _package(chain, (riders, _last_riders(chain, riders), evidence), drawn, key, draws)
+            drawn, riders, evidence, innovations = block_draws(chain, parts, _facts(chain), key, draws)
+            rest = (riders, _last_riders(chain, riders), evidence, innovations)
+            return _package(chain, rest, drawn, key, draws)
         found = self._followed(chain)
         last_mean = found.filtered.means[-1]
         roots = (kalman.noise_root(found.first_noise), jax.vmap(kalman.noise_root)(found.noise))
         drawn = draw(found.first, found.filtered.records, last_mean, roots, key, draws, self._growth)
         evidence = found.first.log_likelihood + found.filtered.log_likelihood
-        rest = (found.riders, found.last_riders, evidence)
+        innovations = jax.vmap(kalman_innovations)(found.filtered.records, _data(chain, found.riders))
+        rest = (found.riders, found.last_riders, evidence, innovations)
         return _package(chain, rest, _own_noise(drawn, chain.noise_dimension), key, draws)
 
     def begin(self, chain: Chain, key: Key) -> tuple[GaussianBelief, Array]:
@@ -212,6 +218,13 @@ def _last_riders(chain: Chain, riders: list[Array]) -> list[Array]:
     return chain.step(state, [r[last] for r in riders], jnp.asarray(last), jnp.zeros(chain.noise_dimension)).riders
 
 
+def _data(chain: Chain, riders: list[Array]) -> Array:
+    """Data of all steps, shape (time, m), NaN where missing."""
+    state = jnp.zeros(jax.eval_shape(lambda: chain.start(jnp.zeros(chain.initial_dimension))[0]).shape)
+    still, times = jnp.zeros(chain.noise_dimension), jnp.arange(chain.structure.length)
+    return over_time(chain, lambda r, t: chain.step(state, r, t, still).observed.data, riders, times)
+
+
 def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
     """Without the noise that sigma points add."""
     smoothing = drawn.smoothing._replace(noise=drawn.smoothing.noise[..., :q])
@@ -220,27 +233,27 @@ def _own_noise(drawn: AllDraws, q: int) -> AllDraws:
 
 
 def _package(chain: Chain, rest: tuple, drawn: AllDraws, key: Key, draws: int) -> StateDraws:
-    """Sites at the draws; `rest` is what rides along, before each step and after the last, and log p(data)."""
-    riders, last_riders, evidence = rest
+    """Sites at the draws; `rest` is what rides along before each step and after the last, log p(data), innovations."""
+    riders, last_riders, evidence, innovations = rest
     late = jax.random.normal(jax.random.fold_in(key, 2), (draws, chain.late_dimension))
     smooth = drawn.smoothing
     last = (smooth.last, each(last_riders, draws))
     sites = trajectories.posterior(chain, riders, smooth.initial, smooth.states, smooth.noise, last, late)
-    times = jnp.arange(chain.structure.length)
-
-    def other(part: tuple[Array, Array]) -> dict[str, Array]:
-        values = trajectories.along(chain, riders, *part, times)["values"]
-        return jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), values)
-
+    filtering = trajectories.along(chain, riders, *drawn.filtering, jnp.arange(chain.structure.length))["values"]
+    one_step, data = predicted_along(chain, riders, *drawn.one_step, jax.random.fold_in(key, 3))
+    # A single draw serves a method for the parameters, which asks for no predictions.
+    one_step = one_step | data if draws > 1 else one_step
+    filtering, one_step = (jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), part) for part in (filtering, one_step))
     return StateDraws(
         posterior=sites.values,
-        filtering=other(drawn.filtering),
-        one_step=other(drawn.one_step),
+        filtering=filtering,
+        one_step=one_step,
         log_prior=sites.log_prior,
         log_likelihood=sites.log_likelihood,
         last=last,
         log_evidence=evidence + chain.static_log_likelihood(),
         summary={},
+        stats=innovation_stats(innovations),
     )
 
 
@@ -268,7 +281,8 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
             for m, c in joint_moments(after.record)
         ]
         kept = tuple(moments(law, riding, t) for law in laws) if store == "moments" else ({}, {})
-        return (after.mean, after.cov, moved.riders, total + after.log_likelihood, (laws[0], riding)), kept
+        stats = innovation_stats(kalman_innovations(after.record, moved.observed.data))
+        return (after.mean, after.cov, moved.riders, total + after.log_likelihood, (laws[0], riding)), (*kept, stats)
 
     n = first.mean.shape[0]
     start = (
@@ -279,7 +293,7 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
         ((jnp.zeros(n + q), jnp.zeros((n + q, n + q))), riders),
     )
     length = chain.structure.length
-    (_, _, last_riders, total, (law, riding)), (filtering, one_step) = jax.lax.scan(move, start, jnp.arange(length))
+    (_, _, last_riders, total, (law, riding)), (*kept, stats) = jax.lax.scan(move, start, jnp.arange(length))
     spread = jax.random.normal(key, (draws, n + q)) @ root(law[1]).T
     joint = law[0] + spread
     final = jax.vmap(lambda u: chain.step(u[:n], riding, jnp.asarray(length - 1), u[n:]))(joint)
@@ -287,6 +301,7 @@ def _without_trajectories(method: Kalman, chain: Chain, key: Key, draws: int, st
     if chain.joined:
         values = values | jax.vmap(lambda x: chain.at(x[: chain.joined_size]).outer)(final.state)
         values = {k: v for k, v in values.items() if k in final.sites or k in chain.joined}
-    swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in (filtering, one_step)]
+    swapped = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), part) for part in kept]
     evidence = total + chain.static_log_likelihood()
-    return StateDraws(values, swapped[0], swapped[1], {}, {}, (final.state, each(last_riders, draws)), evidence, {})
+    last = (final.state, each(last_riders, draws))
+    return StateDraws(values, swapped[0], swapped[1], {}, {}, last, evidence, {}, stats)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
 from pushforward.methods._base import Draws, check_boolean, check_choice, check_integer
+from pushforward.methods._filter_stats import predicted
 from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
 from pushforward.methods._loops import checkpointed_scan
 from pushforward.methods._particle_parts import (
@@ -36,7 +37,7 @@ from pushforward.methods._particle_smoothing import (
     split_moments,
     trace,
 )
-from pushforward.methods._particles import Cloud, ParticleSteps
+from pushforward.methods._particles import Cloud, ParticleSteps, Record
 from pushforward.methods._proposals import Bootstrap, Proposal
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.methods._state import STORES, Increment, StateDraws, StateMethod
@@ -53,6 +54,7 @@ PROPOSALS = {
 }
 
 _FEW = 0.02
+_ROW = "number of the particle"
 
 
 class ParticleFilter(StateMethod):
@@ -217,7 +219,14 @@ class ParticleFilter(StateMethod):
             after, record = self.steps.step(chain, carry[0], t, random)
             stats = {"ess": after.ess, "log_likelihood_increment": record.increment}
             past = History(carry[0], record.ancestors, record.sites) if store == "draws" else ()
-            return (after, record.sites), (kept(after, record, jax.random.fold_in(third, t), draws, keep), stats, past)
+            own = jax.random.fold_in(third, t)
+            if keep == "draws" and self._predicts:
+                groups = kept(after, _numbered(record), own, draws, keep)
+                rows, own = groups[1].pop(_ROW), jax.random.fold_in(own, 1)
+                groups[1].update(_predicted(chain, carry[0], record.ancestors, random.normals, rows, t, own))
+            else:
+                groups = kept(after, record, own, draws, keep)
+            return (after, record.sites), (groups, stats, past)
 
         shapes = jax.eval_shape(move, (start, {}), jnp.asarray(0))[0][1]
         blank = {n: jnp.zeros(v.shape, v.dtype) for n, v in shapes.items()}
@@ -237,6 +246,12 @@ class ParticleFilter(StateMethod):
         paths, numbers = self._paths(chain, history, rows, fifth)
         parts = self._sites(chain, start, noise, paths, end, fifth)
         return StateDraws(parts[0], *groups, parts[1], parts[2], parts[3], evidence, summary | numbers, stats)
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether particles move from where their predecessors were, so that data can be drawn at the same moves."""
+        moved = not isinstance(self.regularization, NoJitter) or isinstance(self.resampling, Transport)
+        return self.proposal.has_density and not moved
 
     def begin(self, chain: Chain, key: Key) -> tuple[Cloud, Array]:
         """See `StateMethod.begin`."""
@@ -304,3 +319,17 @@ class ParticleFilter(StateMethod):
                 f"have few distinct values. {more} more."
             )
         return notes
+
+
+def _numbered(record: Record) -> Record:
+    """The record with the number of each particle beside its predicted sites, so that draws of them say which."""
+    return eqx.tree_at(lambda r: r.predicted, record, record.predicted | {_ROW: jnp.arange(len(record.ancestors))})
+
+
+def _predicted(
+    chain: Chain, before: Cloud, ancestors: Array, normals: Array, rows: Array, t: Array, key: Key
+) -> dict[str, Array]:
+    """Data drawn at the one-step predictions of particles `rows`; their noise is the first of each proposal's."""
+    chosen = ancestors[rows]
+    riders = [r[chosen] for r in before.riders] if chain.structure.discrete else before.riders
+    return predicted(chain, before.state[chosen], riders, t, normals[rows, : chain.noise_dimension], key)[1]
