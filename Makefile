@@ -65,12 +65,16 @@ notebooks-full: $(STAMP)
 bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python -m benchmarks.speed
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.state_space
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.particles
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.online
 
-# Peers bring packages that this project does not need, so they have an environment of their own.
+# Peers bring packages that this project does not need, so they have an environment of their own. particles asks for an
+# older numpy than the others, which its filters do not need.
 $(PEERS)/.installed: pyproject.toml constraints.txt
 	@python=$$(./.ci/find-python) && { [ -x $(PEERS)/bin/python ] || "$$python" -m venv $(PEERS); }
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[bench]' dynamax==1.0.3 dapper==1.8.1
+		--editable '.[bench]' dynamax==1.0.3 dapper==1.8.1 cuthbert==0.1.1 numba joblib scikit-learn
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps particles==0.4
 	@touch $(PEERS)/.installed
 
 clean:

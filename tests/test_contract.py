@@ -21,11 +21,15 @@ CHEAP = {
     "pathfinder": pf.Pathfinder(),
     "kalman": pf.Kalman(),
     "enkf": pf.EnKF(1000, pf.Perturbed()),
+    "particle_filter": pf.ParticleFilter(4000, smoother=pf.AncestorTracing()),
 }
+
+# Methods whose models the contract's linear Gaussian problem is not; their own tests hold them to exact answers.
+ELSEWHERE = {"discrete_hmm", "pmmh", "particle_gibbs", "smc2"}
 
 
 def test_every_method_is_checked():
-    assert set(CHEAP) == set(NAMES)
+    assert set(CHEAP) | ELSEWHERE == set(NAMES)
     assert all(type(method) is NAMES[name] for name, method in CHEAP.items())
 
 

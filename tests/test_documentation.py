@@ -19,7 +19,7 @@ PAGES = [page for page in PAGES if page.name != "changelog.md"]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if FENCE.search(page.read_text())]
 # Pages whose code takes long even when reduced (several compilations).
-SLOW = {"state_space.md", "coming_from_numpyro.md", "results.md", "parallel_and_checkpoints.md"}
+SLOW = {"state_space.md", "particles.md", "coming_from_numpyro.md", "results.md", "parallel_and_checkpoints.md"}
 MODULES = [m.name for m in pkgutil.walk_packages(pf.__path__, "pushforward.")]
 
 

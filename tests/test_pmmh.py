@@ -125,7 +125,7 @@ def test_correlation_needs_a_real_state():
 
 @pytest.mark.parametrize("method", [pf.NUTS(), pf.Laplace(), pf.GaussianVI(), pf.Pathfinder()])
 def test_gradient_methods_need_a_likelihood_with_a_gradient(method):
-    _refused(method, pf.ParticleFilter(10), r"Use method=pf.PMMH\(\), or resampling=pf.StopGradient\(\)")
+    _refused(method, pf.ParticleFilter(10), r"Use method=pf.PMMH\(\), resampling=pf.StopGradient\(\)")
 
 
 # ------------------------------------------------------------------------------------------------------------ full run

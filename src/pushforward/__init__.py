@@ -37,6 +37,8 @@ from pushforward.methods._ensemble_parts import (
     Perturbed,
     SerialEnSRF,
 )
+from pushforward.methods._guide import Guide
+from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
 from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
 from pushforward.methods._particle_parts import (
     AncestorTracing,
@@ -52,8 +54,6 @@ from pushforward.methods._particle_parts import (
     Systematic,
     Transport,
 )
-from pushforward.methods._guide import Guide
-from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.online import online
@@ -62,6 +62,13 @@ from pushforward.posterior import attributes
 from pushforward.predictive import add_log_likelihood, predict, prior
 
 __all__ = [
+    "ETKF",
+    "LETKF",
+    "NUTS",
+    "PMMH",
+    "RTPP",
+    "RTPS",
+    "SMC2",
     "Adaptive",
     "Additive",
     "AncestorTracing",
@@ -73,7 +80,6 @@ __all__ = [
     "DEnKF",
     "Diagonal",
     "DiscreteHMM",
-    "ETKF",
     "EnKF",
     "EnKS",
     "Exact",
@@ -86,29 +92,23 @@ __all__ = [
     "IterativeEnKS",
     "Jitter",
     "Kalman",
-    "LETKF",
     "Laplace",
     "Linearized",
     "LiuWest",
     "LowRank",
     "Multinomial",
     "Multiplicative",
-    "NUTS",
     "Newton",
     "NoInflation",
     "NoJitter",
     "Optimal",
-    "PMMH",
     "ParticleFilter",
     "ParticleGibbs",
     "Pathfinder",
     "Perturbed",
     "PreconditionedCrankNicolson",
-    "RTPP",
-    "RTPS",
     "RaoBlackwell",
     "Residual",
-    "SMC2",
     "SerialEnSRF",
     "StopGradient",
     "Stratified",

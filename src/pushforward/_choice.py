@@ -10,6 +10,7 @@ from pushforward.methods._state import StateMethod
 from pushforward.methods.discrete_hmm import DiscreteHMM
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.nuts import NUTS
+from pushforward.methods.pmmh import PMMH
 from pushforward.model.inverse import InverseProblem
 from pushforward.model.state_space import read_state_space
 
@@ -44,6 +45,8 @@ def choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, A
 
 
 def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
+    if isinstance(states, StateMethod) and not states.differentiable:
+        return PMMH(), states, "the state method's likelihood has no gradient: PMMH is exact for the parameters"
     if states is not None:
         return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
     if problem.structure.discrete:

@@ -98,8 +98,8 @@ def check_given(states: Any, method: Method, problem: InverseProblem) -> StateSp
     _check_fit(states, space)
     if method.gradients and not states.differentiable:
         raise MethodError(
-            f"{type(method).__name__} follows the gradient of the log likelihood, and {states!r} has none: its choice "
-            "of particles is a jump. Use method=pf.PMMH(), or resampling=pf.StopGradient() or pf.Transport()."
+            f"{type(method).__name__} follows the gradient of the log likelihood, and states={name}(...) has none: "
+            "its choice of particles is a jump. Use method=pf.PMMH(), resampling=pf.StopGradient() or pf.Transport()."
         )
     reason = method.why_not_states(space, states) if isinstance(method, OverStates) else None
     if reason:

@@ -6,6 +6,7 @@ from pushforward._errors import ModelError
 from pushforward._types import Model
 from pushforward.methods import NAMES
 from pushforward.methods._base import Method
+from pushforward.methods._pseudo_marginal import OverStates
 from pushforward.methods._state import StateMethod
 from pushforward.model._reading import Site
 from pushforward.model.inverse import InverseProblem, read_problem
@@ -59,6 +60,8 @@ def _chain(problem: InverseProblem) -> tuple[StateSpace | None, str]:
 
 def _misfit(method: Method, problem: InverseProblem, chain: StateSpace | None, reason: str) -> str | None:
     if not isinstance(method, StateMethod):
+        if isinstance(method, OverStates):
+            return reason or "with states=: it infers the parameters over a state method"
         return problem.why_not_continuous or method.why_not(problem)
     if chain is None:
         return reason

@@ -40,7 +40,8 @@ def predictive_scores(draws: Mapping[str, np.ndarray], data: Mapping[str, np.nda
         values, drawn = np.asarray(data[name], float), np.asarray(drawn, float)
         if drawn.shape[1:] != values.shape:
             raise DataError(
-                f"the predictions of '{name}' have shape {drawn.shape[1:]} and its data {values.shape}; expected the same."
+                f"the predictions of '{name}' have shape {drawn.shape[1:]} and its data {values.shape}; "
+                "expected one shape."
             )
         found[f"rank_{name}"] = ranks(drawn, values)
         if len(drawn) < 2:
@@ -77,7 +78,7 @@ def _energy_draws(shape: tuple[int, ...]) -> int:
 
 
 def _energy(draws: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Fair energy score of each step's data (time, m); coordinates whose data are missing are set to zero throughout."""
+    """Fair energy score of each step's data (time, m); coordinates whose data are missing are set to zero."""
     import scoringrules
 
     present = ~np.isnan(values)
@@ -85,9 +86,8 @@ def _energy(draws: np.ndarray, values: np.ndarray) -> np.ndarray:
     target = np.where(present, values, 0.0)
     size = max(1, _BLOCK // (draws.shape[0] ** 2 * draws.shape[2]))
     blocks = [slice(start, start + size) for start in range(0, len(values), size)]
-    options = {"estimator": "fair", "backend": "numpy"}
-    scores = np.concatenate([np.asarray(scoringrules.es_ensemble(target[b], drawn[b], **options)) for b in blocks])
-    return np.where(present.any(1), scores, np.nan)
+    scores = [scoringrules.es_ensemble(target[b], drawn[b], estimator="fair", backend="numpy") for b in blocks]
+    return np.where(present.any(1), np.concatenate([np.asarray(s) for s in scores]), np.nan)
 
 
 def with_scores(groups: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def with_scores(groups: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     size = sum(groups["one_step"][name].size for name in sites)
     if size > LIMIT:
         notes.append(
-            f"the one-step predictions hold {size} draws of data, so that ranks, CRPS and energy score were left out of "
-            "'filter_stats'; pf.plot_diagnostics(tree, sites=[...]) computes them."
+            f"the one-step predictions hold {size} draws of data, so that their ranks, CRPS and energy score were left "
+            "out of 'filter_stats'; pf.plot_diagnostics(tree, sites=[...]) computes them."
         )
         return dict(groups)
     stats, observed = groups["filter_stats"], groups["observed_data"]

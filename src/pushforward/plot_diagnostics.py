@@ -8,6 +8,7 @@ import numpy as np
 
 from pushforward import filter_diagnostics, posterior
 from pushforward._errors import ArgumentError, DataError
+from pushforward.methods._particle_parts import RESAMPLINGS
 from pushforward.plots import _axis
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def plot_diagnostics(
     - Innovation chi-square per datum (Kalman and ensemble filters): 1 on average where the filter's means and
       covariances are right; above the band it trusts itself too much, below too little.
     - CRPS of the one-step predictions of the data, in units of the data; smaller is better.
-    - Rank of each datum among its predictions, as a fraction of the draws: flat where predictions are calibrated, heaped at
-      the ends where they are too narrow, in the middle where they are too wide.
+    - Rank of each datum among its predictions, as a fraction of the draws: flat where predictions are calibrated,
+      heaped at the ends where they are too narrow, in the middle where they are too wide.
     - With `truth`: error of the filtering mean beside the filter's spread, and the rank of the truth.
 
     Bands hold 95 % under a right filter, for each bin or window by itself. The band of ranks takes the data of one step
-    as independent, and is too narrow where they are correlated. Ranks of the truth are correlated in time and have none.
+    as independent, and is too narrow where they are not. Ranks of the truth are correlated in time and have none.
     The numbers are in the group ``filter_stats`` of the result.
 
     Args:
@@ -103,8 +104,8 @@ def _stats(tree: Any) -> Any:
     known = ("ess", "innovation_chi_square", "log_likelihood_increment")
     if "filter_stats" not in tree.children or not any(n in tree["filter_stats"] for n in known):
         raise ArgumentError(
-            f"the result has no group 'filter_stats'; it has {list(tree.children)}. Run a state method by itself, as in "
-            "infer(model, method=pf.Kalman(), ...) or pf.ParticleFilter(1000); with states= fix the parameters with "
+            f"the result has no group 'filter_stats'; it has {list(tree.children)}. Run a state method by itself, as "
+            "in infer(model, method=pf.Kalman(), ...) or pf.ParticleFilter(1000); with states= fix the parameters with "
             "numpyro.handlers.substitute."
         )
     return tree["filter_stats"]
@@ -167,9 +168,13 @@ def _running(values: np.ndarray, window: int) -> np.ndarray:
     return total[last] - total[first]
 
 
+def _enough(count: np.ndarray) -> np.ndarray:
+    """Counts of data in a window, NaN where it has less than half of what full ones have: a gap in the curves."""
+    return np.where(2 * count >= max(np.max(count, initial=0), 1), count, np.nan)
+
+
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    count = _running(~np.isnan(values), window)
-    return np.where(count > 0, _running(values, window) / np.maximum(count, 1), np.nan)
+    return _running(values, window) / _enough(_running(~np.isnan(values), window))
 
 
 def _ess(panel: Any, time: Time, ess: np.ndarray, attributes: Mapping[str, Any]) -> None:
@@ -177,15 +182,22 @@ def _ess(panel: Any, time: Time, ess: np.ndarray, attributes: Mapping[str, Any])
     options = attributes.get("options", {})
     options = options if isinstance(options, Mapping) else {}
     particles = options.get("particles")
-    at = re.search(r"threshold=([0-9.]+)", str(options.get("resampling", "")))
+    threshold = _threshold(str(options.get("resampling", "")))
     if isinstance(particles, int):
         panel.axhline(particles, color=_INK, linewidth=0.9, label=f"{particles} particles")
-        if at and 0 < float(at[1]) < 1:
-            panel.axhline(
-                float(at[1]) * particles, color=_COLORS[1], linewidth=1, linestyle="--", label="resampling below"
-            )
+        if 0 < threshold < 1:
+            style = {"color": _COLORS[1], "linewidth": 1, "linestyle": "--"}
+            panel.axhline(threshold * particles, label="resampling below", **style)
     panel.set_yscale("log")
     panel.set_ylabel("effective\nsample size")
+
+
+def _threshold(resampling: str) -> float:
+    """The fraction of particles below which a scheme resamples, from its repr, which leaves out what is by default."""
+    said = re.search(r"threshold=([0-9.]+)", resampling)
+    if said:
+        return float(said[1])
+    return next((kind().threshold for kind in RESAMPLINGS.values() if resampling.startswith(kind.__name__)), 0.0)
 
 
 def _chi_square(panel: Any, time: Time, square: np.ndarray, count: np.ndarray) -> None:
@@ -193,8 +205,7 @@ def _chi_square(panel: Any, time: Time, square: np.ndarray, count: np.ndarray) -
 
     ratio = square / np.where(count > 0, count, np.nan)
     panel.plot(time.axis, ratio, ".", color=_COLORS[0], alpha=0.35, markersize=4, label="each step")
-    degrees = _running(count, time.window)
-    known = np.where(degrees > 0, degrees, np.nan)
+    known = _enough(_running(count, time.window))
     edges = [chi2.ppf(p, known) / known for p in ((1 - _MASS) / 2, (1 + _MASS) / 2)]
     panel.fill_between(time.axis, *edges, color=_GRAY, alpha=0.3, linewidth=0, label="95 % of right filters")
     label = f"mean over {time.window} steps" if time.window > 1 else None

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pushforward._types import Array, Key
+from pushforward.model._chain import ChainStructure
 from pushforward.model.state_space import Chain, Moved, StateSpace
 
 
@@ -112,13 +113,36 @@ class Proposal(eqx.Module):
 
 
 class Bootstrap(Proposal):
-    """Particles move by the model's own law (Gordon, Salmond and Smith 1993); the data weigh them afterwards."""
+    """Particles move by the model's own law (Gordon, Salmond and Smith 1993); the data weigh them afterwards.
+
+    Where a step observes the state that comes in and then moves it, the data weigh first: particles weighed after a
+    move would be copied as they are, and the next data would see copies.
+    """
+
+    def look(self, chain: Chain, state: Array, riders: list[Array], memory: Any, t: Array) -> Array | None:
+        """See `Proposal.look`; the exact weight, where the move has no part in it."""
+        if _weighs_after_moving(chain.structure):
+            return None
+        still = jnp.zeros((state.shape[0], chain.noise_dimension), state.dtype)
+        return log_likelihood(step_all(chain, state, riders, t, still))
 
     def move(self, chain: Chain, state: Array, riders: list[Array], memory: Any, t: Array, normals: Array) -> Proposed:
         """See `Proposal.move`."""
         moved = step_all(chain, state, riders, t, normals)
         value = log_likelihood(moved)
         return Proposed(moved.state, riders_of(chain, moved), memory, moved.sites, moved.sites, value)
+
+
+def _weighs_after_moving(s: ChainStructure) -> bool:
+    """Whether the density of a step's data depends on what is sampled in the step."""
+
+    def find() -> bool:
+        if s.fused or not s.body.shapes["observed"]:
+            return True
+        sources = s.body.sources("observed") | s.body.sources("factor")
+        return any(k[0] == "noise" for k in sources)
+
+    return s.remember("weighs after moving", find)
 
 
 def step_all(chain: Chain, state: Array, riders: list[Array], t: Array, noise: Array) -> Moved:

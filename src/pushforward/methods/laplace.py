@@ -1,10 +1,10 @@
 """`Laplace`: the Gaussian at the posterior mode."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optimistix as optx
 from jax.scipy.linalg import cho_solve, solve_triangular
 
 from pushforward._errors import Outcome
@@ -74,6 +74,8 @@ def _run(method: Laplace, problem: InverseProblem, scouts: Array, key: Key, draw
         return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     start = _start(problem, scouts)
+    import optimistix as optx  # a third of a second that those who do not need it should not wait
+
     kind = optx.BFGS if d <= _DENSE else optx.LBFGS
     solver = kind(rtol=method.tolerance, atol=method.tolerance)
     found = optx.minimise(objective, solver, start, max_steps=method.max_steps, throw=False)
@@ -141,7 +143,7 @@ def _polish(problem: InverseProblem, z: Array, curvature: Callable) -> tuple[Arr
     return z, root, value, decrement
 
 
-def _outcome(found: optx.Solution, value: Array, root: Array, decrement: Array) -> Array:
+def _outcome(found: Any, value: Array, root: Array, decrement: Array) -> Array:
     pivots = jnp.diagonal(root)
     smallest = 2 * jnp.sqrt(jnp.finfo(root.dtype).eps) * jnp.max(pivots)
     # Not (pivots < smallest): a comparison with NaN is false.

@@ -163,6 +163,7 @@ class ParticleFilter(StateMethod):
             )
         if isinstance(self.resampling, Transport) and s.discrete:
             return "pf.Transport() averages particles, and the state has discrete entries; use pf.StopGradient()"
+        # Asked here, before the model is traced: reading the body again must not happen inside a trace.
         if not problem.joined and s.latent:
             by_value.memory(s)
         if not self.proposal.has_density and not isinstance(self.regularization, NoJitter):

@@ -80,7 +80,7 @@ class ParticleGibbs(OverStates):
     def why_not_states(self, space: StateSpace, states: StateMethod) -> str | None:
         """See `OverStates.why_not_states`."""
         if not isinstance(states, ParticleFilter):
-            return f"it moves trajectories by particles: states=pf.ParticleFilter(50). Got {states!r}"
+            return f"it moves trajectories by particles: states=pf.ParticleFilter(50). Got {type(states).__name__}"
         if not isinstance(states.proposal, Bootstrap):
             return f"it moves particles by the model's own law, proposal=pf.Bootstrap(); got {states.proposal!r}"
         if not isinstance(states.regularization, NoJitter):

@@ -64,7 +64,8 @@ class SMC2(OverStates):
     def why_not_states(self, space: StateSpace, states: StateMethod) -> str | None:
         """See `OverStates.why_not_states`."""
         if not isinstance(states, ParticleFilter):
-            return f"it weighs parameters step by step with filters: states=pf.ParticleFilter(100). Got {states!r}"
+            given = type(states).__name__
+            return f"it weighs parameters step by step with filters: states=pf.ParticleFilter(100). Got {given}"
         if not isinstance(states.regularization, NoJitter):
             return f"it needs a filter without regularization; got {states.regularization!r}"
         return None
