@@ -1,7 +1,7 @@
-"""Published scores of ensemble, extended Kalman and particle filters on the Lorenz systems, beside ours, in docs/benchmarks.md.
+"""Published scores of filters on the Lorenz systems, beside ours, in docs/benchmarks.md.
 
-Every row of the tables of `lorenz96.NUMBERS` and `lorenz63.NUMBERS` that names such a filter, in DAPPER's conventions
-(`pushforward.problems.Anchor`). The bar:
+Every row of the tables of `lorenz96.NUMBERS` and `lorenz63.NUMBERS` that names an ensemble, extended Kalman or
+particle filter, in DAPPER's conventions (`pushforward.problems.Anchor`). The bar:
 
 * where scores of 1000 cycles are published with their standard deviation s over 20 seeds, our mean over 4 seeds lies
   within 3 sqrt(s^2 / 4 + s^2 / 20) of them. A true filter fails with probability 0.007 (t with 19 degrees of freedom);

@@ -1,5 +1,7 @@
 """Numbers about filters: innovations against a dense Gaussian, ranks and scores of predicted data, and the figure."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -21,7 +23,7 @@ from pushforward.math.ensemble import log_likelihood, whiten
 from pushforward.math.innovations import ensemble_chi_square
 from pushforward.plot_diagnostics import plot_diagnostics
 
-T, DRAWS, SD = 400, 399, 0.5
+T, DRAWS, MEMBERS, SD = 400, 399, 100, 0.5
 DYNAMICS, NOISE, SENSORS = 0.8, 0.6, np.array([1.0, -0.5])
 
 
@@ -69,9 +71,14 @@ def dense():
 @pytest.fixture(scope="module")
 def filtered():
     """Results by name, in float64; `wrong` believes less than half of the data's noise."""
-    ways = {"kalman": (pf.Kalman(), SD), "wrong": (pf.Kalman(), 0.4 * SD), "enkf": (pf.EnKF(DRAWS), SD)}
-    ways |= {"particles": (pf.ParticleFilter(2000, smoother=pf.AncestorTracing()), SD)}
-    with jax.enable_x64(True):
+    ways = {
+        "kalman": (pf.Kalman(), SD),
+        "wrong": (pf.Kalman(), 0.4 * SD),
+        "enkf": (pf.EnKF(MEMBERS, smoother=pf.EnKS(lag=1)), SD),
+    }
+    ways |= {"particles": (pf.ParticleFilter(1000, smoother=pf.AncestorTracing()), SD)}
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ParticleFilter: the trajectories go back")  # which nothing here looks at
         return {
             name: pf.infer(sensors, np.asarray(sd), method=method, y=Y.copy(), draws=DRAWS, progress=False)
             for name, (method, sd) in ways.items()
@@ -149,10 +156,13 @@ def test_chi_square_of_an_ensemble_is_its_definition(members, m, noise, float64)
 
 
 def test_chi_square_of_the_ensemble_filter_tends_to_kalmans(filtered):
-    """Sample variances of 399 members have a relative error of 7 % a step; over 400 steps that averages out."""
+    """Variances of N members have a relative error of (2 / N)^1/2 = 14 % a step, and their inverses a bias of 4 / N.
+
+    Over 400 steps, correlated over some three, the first averages out to 1.2 %: 10 % is the bias and 5 of that.
+    """
     ensemble, exact = (filtered[n]["filter_stats"]["innovation_chi_square"].to_numpy() for n in ("enkf", "kalman"))
-    assert np.nanmean(np.abs(ensemble - exact)) < 0.15 * np.nanmean(exact)
-    assert np.nansum(ensemble) == pytest.approx(np.nansum(exact), rel=0.03)
+    assert np.nanmean(np.abs(ensemble - exact)) < 0.3 * np.nanmean(exact)
+    assert np.nansum(ensemble) == pytest.approx(np.nansum(exact), rel=0.1)
     evidence = pf.attributes(filtered["enkf"])["log_evidence"]
     assert float(filtered["enkf"]["filter_stats"]["log_likelihood_increment"].sum()) == pytest.approx(evidence)
 
@@ -169,7 +179,7 @@ def test_predicted_data_lie_around_the_predicted_states(filtered, name):
     white = (y - x[..., None] * SENSORS) / SD
     for part in (white[:, 5, 0], white[:, 11, 1], white[7, :, 0]):
         assert stats.kstest(part, "norm").pvalue > 1e-6
-    assert abs(np.corrcoef(white[:, 5, 0], x[:, 5])[0, 1]) < 4.9 / np.sqrt(DRAWS)
+    assert abs(np.corrcoef(white[:, 5, 0], x[:, 5])[0, 1]) < 4.9 / np.sqrt(len(x))
     # Without the pairing of states and data the residual would have the predictions' own spread in it.
     assert y[:, 5, 0].std() > 1.2 * SD
 
@@ -245,10 +255,9 @@ def test_scores_are_those_of_scoringrules_on_the_same_draws(filtered):
     assert found["crps_y"][5] == pytest.approx(plain.mean(), rel=1e-10)
     one = scoringrules.crps_ensemble(y[20, 1], draws[:, 20, 1], estimator="fair", backend="numpy")
     assert found["crps_y"][20] == pytest.approx(float(one), rel=1e-10)
-    rows = np.arange(200) * DRAWS // 200
-    joint = scoringrules.es_ensemble(y[5], draws[rows, 5], estimator="fair", backend="numpy")
+    joint = scoringrules.es_ensemble(y[5], draws[:, 5], estimator="fair", backend="numpy")
     assert found["energy_y"][5] == pytest.approx(float(joint), rel=1e-10)
-    single = scoringrules.crps_ensemble(y[20, 1], draws[rows, 20, 1], estimator="fair", backend="numpy")
+    single = scoringrules.crps_ensemble(y[20, 1], draws[:, 20, 1], estimator="fair", backend="numpy")
     assert found["energy_y"][20] == pytest.approx(float(single), rel=1e-10)
     for name in ("crps_y", "energy_y"):
         np.testing.assert_array_equal(np.isnan(found[name]), np.isnan(y).all(1))
@@ -323,7 +332,7 @@ def test_a_panel_for_each_number(filtered):
     assert line[200] == pytest.approx(float(mean))
     particles = plot_diagnostics(filtered["particles"])
     assert labels(particles)[0] == ["effective", "CRPS of data", "density"]
-    assert [float(np.mean(line.get_ydata())) for line in particles.axes[0].lines[1:]] == [2000, 1000]
+    assert [float(np.mean(line.get_ydata())) for line in particles.axes[0].lines[1:]] == [1000, 500]
 
 
 def test_moments_show_what_they_have(filtered):
