@@ -57,19 +57,6 @@ def check_joint(tree):
     assert max(map(abs, found.values())) < LIMIT, found
 
 
-def model_without_density(y=None):
-    """The state is a multiple of a noise site: a trajectory has no transition density."""
-    sd = numpyro.sample("sd", dist.LogNormal(0.0, 0.5))
-
-    def step(x, y):
-        e = numpyro.sample("e", dist.Normal(0.0, 1.0))
-        x = 0.5 * x + sd * e
-        numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
-        return x, None
-
-    scan(step, numpyro.sample("x0", dist.Normal(0.0, 1.0)), y)
-
-
 def model_impossible(y=None):
     """No parameter makes the datum possible."""
     low = numpyro.sample("low", dist.Uniform(1.0, 2.0))

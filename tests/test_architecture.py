@@ -33,6 +33,8 @@ LAYERS = {
     "pushforward.online": 8,
     "pushforward.forecasting": 8,
     "pushforward.plots": 7,
+    "pushforward.plot_diagnostics": 7,
+    "pushforward.filter_diagnostics": 6,
     "pushforward.posterior": 6,
     "pushforward.metrics": 6,
     "pushforward.diagnostics": 6,
@@ -71,8 +73,9 @@ DOORS = {
         "pushforward.contract",  # reads a written result back
     ),
     "pandas": ("pushforward.compare",),
-    "matplotlib": ("pushforward.compare", "pushforward.plots", "pushforward.problems"),
+    "matplotlib": ("pushforward.compare", "pushforward.plot_diagnostics", "pushforward.plots", "pushforward.problems"),
     "diffrax": ("pushforward.problems",),
+    "scoringrules": ("pushforward.filter_diagnostics",),
     "jax._src": (),
 }
 
@@ -140,6 +143,7 @@ PUBLIC = [
     "load",
     "online",
     "plot_compare",
+    "plot_diagnostics",
     "plot_filter",
     "predict",
     "prior",
@@ -287,7 +291,7 @@ assert warnings.filters == filters, "warning filters changed"
 assert dict(jax.config.values) == settings, "jax.config changed"
 assert not jax.live_arrays(), "device buffers allocated"
 lazy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "xarray", "pandas", "blackjax",
-        "scipy.stats", "sklearn", "diffrax", "h5netcdf")
+        "scipy.stats", "scoringrules", "sklearn", "diffrax", "h5netcdf")
 print(seconds, *[name for name in lazy if name in set(sys.modules) - known])
 """
     # The least of three: other work on the machine can only make an import slower.

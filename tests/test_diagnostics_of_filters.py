@@ -68,21 +68,28 @@ def dense():
     return square, count, -0.5 * square - log_root - 0.5 * count * np.log(2 * np.pi)
 
 
+def run(method, sd):
+    return pf.infer(sensors, np.asarray(sd), method=method, y=Y.copy(), draws=DRAWS, progress=False)
+
+
 @pytest.fixture(scope="module")
 def filtered():
     """Results by name, in float64; `wrong` believes less than half of the data's noise."""
     ways = {
         "kalman": (pf.Kalman(), SD),
         "wrong": (pf.Kalman(), 0.4 * SD),
-        "enkf": (pf.EnKF(MEMBERS, smoother=pf.EnKS(lag=1)), SD),
+        "particles": (pf.ParticleFilter(1000, smoother=pf.AncestorTracing()), SD),
     }
-    ways |= {"particles": (pf.ParticleFilter(1000, smoother=pf.AncestorTracing()), SD)}
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ParticleFilter: the trajectories go back")  # which nothing here looks at
-        return {
-            name: pf.infer(sensors, np.asarray(sd), method=method, y=Y.copy(), draws=DRAWS, progress=False)
-            for name, (method, sd) in ways.items()
-        }
+        return {name: run(method, sd) for name, (method, sd) in ways.items()}
+
+
+@pytest.fixture(scope="module")
+def ensemble():
+    """The same by an ensemble filter."""
+    with jax.enable_x64(True):
+        return run(pf.EnKF(MEMBERS, smoother=pf.EnKS(lag=1)), SD)
 
 
 # ------------------------------------------------------------------------------------------------- innovations
@@ -103,9 +110,9 @@ def test_innovations_of_kalman_are_those_of_the_joint_law(filtered):
     assert total == pytest.approx(pf.attributes(filtered["kalman"])["log_evidence"], abs=1e-8)
 
 
+@pytest.mark.slow
 def test_innovations_do_not_depend_on_what_is_stored(float64):
-    tree = pf.infer(sensors, np.asarray(SD), method=pf.Kalman(store="last"), y=Y.copy(), draws=2, progress=False)
-    check_innovations(tree["filter_stats"])
+    check_innovations(run(pf.Kalman(store="last"), SD)["filter_stats"])
 
 
 def test_the_sum_of_squares_is_chi_square(filtered):
@@ -116,6 +123,7 @@ def test_the_sum_of_squares_is_chi_square(filtered):
     assert sums["wrong"] > 2 * high
 
 
+@pytest.mark.slow
 def test_independent_blocks_are_summed(float64):
     def walks(y):
         def step(x, y):
@@ -137,8 +145,15 @@ def test_independent_blocks_are_summed(float64):
         np.testing.assert_allclose(blocks[name], whole[name], atol=1e-10)
 
 
-@pytest.mark.parametrize(("members", "m"), [(12, 5), (5, 12)])
-@pytest.mark.parametrize("noise", ["variances", "covariance"])
+@pytest.mark.parametrize(
+    ("members", "m", "noise"),
+    [
+        (5, 12, "covariance"),
+        pytest.param(12, 5, "variances", marks=pytest.mark.slow),
+        pytest.param(12, 5, "covariance", marks=pytest.mark.slow),
+        pytest.param(5, 12, "variances", marks=pytest.mark.slow),
+    ],
+)
 def test_chi_square_of_an_ensemble_is_its_definition(members, m, noise, float64):
     rng = np.random.default_rng(3)
     predicted, data = rng.normal(size=(members, m)), 3 * rng.normal(size=m)
@@ -148,40 +163,55 @@ def test_chi_square_of_an_ensemble_is_its_definition(members, m, noise, float64)
     keep = ~np.isnan(data)
     S = (np.cov(predicted.T) + (np.diag(R) if R.ndim == 1 else R))[np.ix_(keep, keep)]
     d = (data - predicted.mean(0))[keep]
-    w = whiten(jnp.asarray(predicted), jnp.asarray(data), jnp.asarray(R))
-    square = float(ensemble_chi_square(w))
+
+    @jax.jit
+    def both(*values):
+        w = whiten(*values)
+        return ensemble_chi_square(w), log_likelihood(w)
+
+    square, found = map(float, both(predicted, data, R))
     assert square == pytest.approx(d @ np.linalg.solve(S, d), rel=1e-12)
     density = -0.5 * (square + np.linalg.slogdet(S)[1] + keep.sum() * np.log(2 * np.pi))
-    assert float(log_likelihood(w)) == pytest.approx(density, rel=1e-12)
+    assert found == pytest.approx(density, rel=1e-12)
 
 
-def test_chi_square_of_the_ensemble_filter_tends_to_kalmans(filtered):
+@pytest.mark.slow
+def test_chi_square_of_the_ensemble_filter_tends_to_kalmans(filtered, ensemble):
     """Variances of N members have a relative error of (2 / N)^1/2 = 14 % a step, and their inverses a bias of 4 / N.
 
     Over 400 steps, correlated over some three, the first averages out to 1.2 %: 10 % is the bias and 5 of that.
     """
-    ensemble, exact = (filtered[n]["filter_stats"]["innovation_chi_square"].to_numpy() for n in ("enkf", "kalman"))
-    assert np.nanmean(np.abs(ensemble - exact)) < 0.3 * np.nanmean(exact)
-    assert np.nansum(ensemble) == pytest.approx(np.nansum(exact), rel=0.1)
-    evidence = pf.attributes(filtered["enkf"])["log_evidence"]
-    assert float(filtered["enkf"]["filter_stats"]["log_likelihood_increment"].sum()) == pytest.approx(evidence)
+    trees = (ensemble, filtered["kalman"])
+    found, exact = (tree["filter_stats"]["innovation_chi_square"].to_numpy() for tree in trees)
+    assert np.nanmean(np.abs(found - exact)) < 0.3 * np.nanmean(exact)
+    assert np.nansum(found) == pytest.approx(np.nansum(exact), rel=0.1)
+    evidence = pf.attributes(ensemble)["log_evidence"]
+    assert float(ensemble["filter_stats"]["log_likelihood_increment"].sum()) == pytest.approx(evidence)
 
 
 # ---------------------------------------------------------------------------------------------- predicted data
 
 
-@pytest.mark.parametrize("name", ["kalman", "enkf", "particles"])
-def test_predicted_data_lie_around_the_predicted_states(filtered, name):
+def check_predicted(tree):
     """False alarm: 3 Kolmogorov-Smirnov tests and a correlation at 1e-6 each."""
-    one_step = filtered[name]["one_step"]
+    one_step = tree["one_step"]
     x, y = one_step["x"].to_numpy()[0], one_step["y"].to_numpy()[0]
-    assert one_step["y"].dims == ("chain", "draw", *filtered[name]["observed_data"]["y"].dims)
+    assert one_step["y"].dims == ("chain", "draw", *tree["observed_data"]["y"].dims)
     white = (y - x[..., None] * SENSORS) / SD
     for part in (white[:, 5, 0], white[:, 11, 1], white[7, :, 0]):
         assert stats.kstest(part, "norm").pvalue > 1e-6
     assert abs(np.corrcoef(white[:, 5, 0], x[:, 5])[0, 1]) < 4.9 / np.sqrt(len(x))
-    # Without the pairing of states and data the residual would have the predictions' own spread in it.
     assert y[:, 5, 0].std() > 1.2 * SD
+
+
+@pytest.mark.parametrize("name", ["kalman", "particles"])
+def test_predicted_data_lie_around_the_predicted_states(filtered, name):
+    check_predicted(filtered[name])
+
+
+@pytest.mark.slow
+def test_members_predict_data_around_their_states(ensemble):
+    check_predicted(ensemble)
 
 
 def counts(y):
@@ -205,6 +235,7 @@ def check_counts(tree):
     assert abs(z.var() - 1) < 4.9 * np.sqrt((2 + np.mean(1 / rate)) / z.size)
 
 
+@pytest.mark.slow
 def test_data_that_are_not_gaussian_are_drawn_by_the_model(float64):
     tree = pf.infer(counts, method=pf.ParticleFilter(500), y=COUNTS.copy(), draws=500, progress=False)
     check_counts(tree)
@@ -220,7 +251,7 @@ def test_guided_particles_predict_by_the_models_own_law(proposal, float64):
 
 @pytest.mark.slow
 def test_particles_that_are_moved_apart_predict_no_data(float64):
-    method = pf.ParticleFilter(100, regularization=pf.Jitter(1.0), smoother=pf.AncestorTracing())
+    method = pf.ParticleFilter(300, regularization=pf.Jitter(1.0))
     tree = pf.infer(counts, method=method, y=COUNTS.copy(), draws=100, progress=False)
     assert set(tree["one_step"].data_vars) == {"x"}
     assert scores(tree) == {}
@@ -249,15 +280,16 @@ def test_ranks_of_a_wrong_filter_are_not(filtered):
 
 
 def test_scores_are_those_of_scoringrules_on_the_same_draws(filtered):
-    found = scores(filtered["enkf"])
-    draws, y = filtered["enkf"]["one_step"]["y"].to_numpy()[0], Y
+    found = scores(filtered["kalman"])
+    draws, y = filtered["kalman"]["one_step"]["y"].to_numpy()[0], Y
     plain = scoringrules.crps_ensemble(y[5], draws[:, 5].T, estimator="fair", backend="numpy")
     assert found["crps_y"][5] == pytest.approx(plain.mean(), rel=1e-10)
     one = scoringrules.crps_ensemble(y[20, 1], draws[:, 20, 1], estimator="fair", backend="numpy")
     assert found["crps_y"][20] == pytest.approx(float(one), rel=1e-10)
-    joint = scoringrules.es_ensemble(y[5], draws[:, 5], estimator="fair", backend="numpy")
+    rows = np.arange(200) * DRAWS // 200
+    joint = scoringrules.es_ensemble(y[5], draws[rows, 5], estimator="fair", backend="numpy")
     assert found["energy_y"][5] == pytest.approx(float(joint), rel=1e-10)
-    single = scoringrules.crps_ensemble(y[20, 1], draws[:, 20, 1], estimator="fair", backend="numpy")
+    single = scoringrules.crps_ensemble(y[20, 1], draws[rows, 20, 1], estimator="fair", backend="numpy")
     assert found["energy_y"][20] == pytest.approx(float(single), rel=1e-10)
     for name in ("crps_y", "energy_y"):
         np.testing.assert_array_equal(np.isnan(found[name]), np.isnan(y).all(1))
@@ -278,12 +310,12 @@ def test_single_draws_and_other_shapes():
 
 
 def test_a_result_holds_its_scores(filtered, monkeypatch):
-    groups = {name: filtered["enkf"][name].to_dataset() for name in ("filter_stats", "one_step", "observed_data")}
+    groups = {name: filtered["kalman"][name].to_dataset() for name in ("filter_stats", "one_step", "observed_data")}
     notes = []
     held = with_scores(groups, notes)["filter_stats"]
-    assert held["rank_y"].dims == filtered["enkf"]["observed_data"]["y"].dims
+    assert held["rank_y"].dims == filtered["kalman"]["observed_data"]["y"].dims
     assert held["crps_y"].dims == held["energy_y"].dims == held["innovation_chi_square"].dims == ("time",)
-    for name, value in scores(filtered["enkf"]).items():
+    for name, value in scores(filtered["kalman"]).items():
         np.testing.assert_array_equal(held[name], value)
     assert notes == []
     monkeypatch.setattr(filter_diagnostics, "LIMIT", 1000)

@@ -9,7 +9,7 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import pushforward as pf
-from parameters import check_joint, infer, model_impossible, model_without_density, scores
+from parameters import check_joint, infer, model_impossible, scores
 from pushforward import _errors
 from pushforward.methods import _conditional
 from pushforward.methods._conditional import Path
@@ -46,7 +46,6 @@ def test_options_are_checked(options, match):
         (local_linear.model, None, r"ParticleGibbs needs states=pf.ParticleFilter\(...\)"),
         (local_linear.model, pf.Kalman(), "moves trajectories by particles"),
         (local_linear.model, pf.ParticleFilter(10, regularization=pf.Jitter()), "filter without regularization"),
-        (model_without_density, pf.ParticleFilter(10), r"no transition density.*or use pf.PMMH\(\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, states, match):

@@ -57,6 +57,7 @@ from pushforward.methods._particle_parts import (
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.online import online
+from pushforward.plot_diagnostics import plot_diagnostics
 from pushforward.plots import plot_filter
 from pushforward.posterior import attributes
 from pushforward.predictive import add_log_likelihood, predict, prior
@@ -125,6 +126,7 @@ __all__ = [
     "load",
     "online",
     "plot_compare",
+    "plot_diagnostics",
     "plot_filter",
     "predict",
     "prior",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pushforward import _evaluate, _states, parallel, posterior
+from pushforward import _evaluate, _states, filter_diagnostics, parallel, posterior
 from pushforward._choice import choose
 from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, Outcome
 from pushforward._runner import Runner
@@ -272,7 +272,8 @@ def _state_groups(
     groups = {name: posterior.group(part, labels, sampled=_states.is_sampled(part)) for name, part in parts.items()}
     if stats:
         groups["filter_stats"] = posterior.series(stats, labels)
-    return found, groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}
+    groups["observed_data"] = posterior.group(problem.observed_values(), labels, sampled=False)
+    return found, filter_diagnostics.with_scores(groups, notes)
 
 
 def _bound(model: Model, args: tuple, kwargs: dict) -> dict[str, Any]:

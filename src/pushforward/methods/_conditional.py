@@ -50,10 +50,11 @@ def sweep(chain: Chain, path: Path, key: Key, particles: int, conditional: bool 
     The last particle follows `path`. The others are drawn as in a bootstrap filter with multinomial resampling at every
     step, for which the kernel leaves p(trajectory given parameters and data) as it is, for any number of particles.
     At each step the past of `path` is drawn anew among all particles, by weight times the density of what `path` does
-    next: otherwise the trajectories would share their early part.
+    next: otherwise the trajectories share their early part. Where the carry never forgets there is no such density, and
+    they do: conditional SMC without ancestor sampling (Andrieu, Doucet and Holenstein 2010).
 
     Args:
-        chain: the model at its parameters; its carry follows from the values of `by_value.memory` steps.
+        chain: the model at its parameters.
         path: the trajectory to start from.
         key: typed JAX key.
         particles: number N, at least 2.
@@ -92,8 +93,7 @@ def _start(chain: Chain, noise: Array) -> Cloud:
 def _windows(chain: Chain, path: Path) -> dict[str, Array]:
     """Values of each step and of those after it as far as the carry remembers, (T, window, ...)."""
     s = chain.structure
-    window = by_value.memory(s)
-    assert window is not None
+    window = by_value.memory(s) or 1
     rows = jnp.minimum(jnp.arange(s.length)[:, None] + jnp.arange(window), s.length - 1)
     return {n: path.values[n][rows] for n in s.latent}
 
@@ -105,7 +105,9 @@ def _step(
     first, second, third = jax.random.split(key, 3)
     ancestors = draws_from(jax.random.uniform(first, (n,), cloud.weights.dtype), cloud.weights)
     given = by_value.valued(chain)
-    if conditional:
+    if conditional and by_value.memory(chain.structure) is None:
+        ancestors = ancestors.at[-1].set(n - 1)
+    elif conditional:
         # Weight zero times density zero of every particle but its own past: that past stays.
         density = jax.vmap(lambda i: _density(given, cloud, i, t, later))(jnp.arange(n))
         log_weights = cloud.log_weights + density

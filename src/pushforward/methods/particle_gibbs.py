@@ -41,9 +41,11 @@ class ParticleGibbs(OverStates):
 
     In turn, a conditional particle filter draws a trajectory given parameters and the trajectory before, and
     random-walk Metropolis steps draw parameters given the trajectory. Few particles do even for long series, where
-    `pf.PMMH` needs a number that grows with the length; 20 to 100 are usual. It needs the density of a transition:
-    the model must sample the state itself in the body of its scan. It mixes slowly where trajectory and parameters
-    determine each other, as where the noise of the states is small or itself unknown; `pf.PMMH` is better there.
+    `pf.PMMH` needs a number that grows with the length; 20 to 100 are usual. Ancestor sampling needs the density of a
+    transition: where the model samples noise that the state is computed from, not the state itself, it is left out
+    (Andrieu, Doucet and Holenstein 2010), and the particles must grow with the length here, too. It mixes slowly where
+    trajectory and parameters determine each other, as where the noise of the states is small or itself unknown;
+    `pf.PMMH` is better there.
 
     `states=pf.ParticleFilter(N)` gives the number of particles. They move by the model's own law and are resampled
     multinomially at every step, whatever the filter's `resampling` and `smoother`. The walk's covariance and scale
@@ -59,8 +61,8 @@ class ParticleGibbs(OverStates):
             in one (Roberts and Rosenthal 2001).
 
     Example:
-        >>> from pushforward.methods.particle_gibbs import ParticleGibbs
-        >>> ParticleGibbs(parameter_moves=20).chains
+        >>> import pushforward as pf
+        >>> pf.ParticleGibbs(parameter_moves=20).chains
         4
     """
 
@@ -85,12 +87,9 @@ class ParticleGibbs(OverStates):
             return f"it moves particles by the model's own law, proposal=pf.Bootstrap(); got {states.proposal!r}"
         if not isinstance(states.regularization, NoJitter):
             return f"it needs a filter without regularization; got {states.regularization!r}"
-        if not space.structure.latent or by_value.memory(space.structure) is None:
-            return (
-                "the carry does not follow from the sites sampled in the step, so that a trajectory has no transition "
-                "density. Sample the state itself (x = numpyro.sample('x', dist.Normal(f(x), sd)), not a multiple of a "
-                "noise site), or use pf.PMMH(), which needs no density"
-            )
+        if not space.structure.latent:
+            return "no site is sampled in the step, so that there is no trajectory to draw; use pf.PMMH()"
+        by_value.memory(space.structure)  # read before the model is traced
         return None
 
     def run_with_states(

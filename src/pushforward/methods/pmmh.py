@@ -68,8 +68,7 @@ class PMMH(OverStates):
 
     Example:
         >>> import pushforward as pf
-        >>> from pushforward.methods.pmmh import PMMH
-        >>> PMMH(thinning=5).chains
+        >>> pf.PMMH(thinning=5).chains
         4
     """
 

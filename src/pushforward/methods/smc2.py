@@ -45,8 +45,8 @@ class SMC2(OverStates):
         threshold: fraction of the particles below which the effective sample size starts resampling.
 
     Example:
-        >>> from pushforward.methods.smc2 import SMC2
-        >>> SMC2(particles=1000).moves
+        >>> import pushforward as pf
+        >>> pf.SMC2(particles=1000).moves
         5
     """
 
