@@ -247,18 +247,18 @@ def test_parameters_in_the_state(float64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "allowed"), [(pf.StopGradient(), 0.05), (pf.Transport(epsilon=0.1, iterations=100), 0.1)]
+    ("scheme", "allowed"), [(pf.StopGradient(), 0.05), (pf.Transport(epsilon=0.2, iterations=40), 0.2)]
 )
 def test_gradients_of_differentiable_resampling(scheme, allowed, float64):
-    """Mean gradient over 200 keys: that of Kalman's log likelihood within 4 errors and the named share (bias)."""
-    space = read(local_linear.model, y=local_linear.DATA)
+    """Mean gradient over 60 keys: that of Kalman's log likelihood within 4 errors and the named share (bias)."""
+    space = read(local_linear.model, y=local_linear.DATA[:12])
     u = jnp.asarray(-0.3)
     exact = jax.grad(lambda u: pf.Kalman().log_likelihood(space.chain({"u": u}), KEY))(u)
-    method = pf.ParticleFilter(128, resampling=scheme)
+    method = pf.ParticleFilter(64, resampling=scheme)
     slope = jax.grad(lambda u, k: method.log_likelihood(space.chain({"u": u}), k))
-    found = np.asarray(jax.jit(lambda k: jax.lax.map(lambda k: slope(u, k), k))(jax.random.split(KEY, 200)))
-    print(found.mean(), found.std() / 200**0.5, exact)
-    assert abs(found.mean() - exact) < 4 * found.std(ddof=1) / 200**0.5 + allowed * abs(exact)
+    found = np.asarray(jax.jit(lambda k: jax.lax.map(lambda k: slope(u, k), k))(jax.random.split(KEY, 60)))
+    print(found.mean(), found.std() / 60**0.5, exact)
+    assert abs(found.mean() - exact) < 4 * found.std(ddof=1) / 60**0.5 + allowed * abs(exact)
 
 
 # ------------------------------------------------------------------------------------------ what can go wrong

@@ -147,7 +147,7 @@ def test_any_number_of_particles_gives_the_exact_law(particles, thinning):
 def test_an_exact_likelihood_gives_adaptive_metropolis():
     tree = infer(PMMH(thinning=5), pf.Kalman(), 2000)
     check_joint(tree)
-    assert pf.attributes(tree)["log_likelihood_sd"] == 0
+    assert pf.attributes(tree)["log_likelihood_sd"] < 1e-3  # rounding
 
 
 @pytest.mark.slow

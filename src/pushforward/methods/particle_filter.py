@@ -53,7 +53,7 @@ PROPOSALS = {
     "rao_blackwell": RaoBlackwell,
 }
 
-_FEW = 0.02
+_FEW = 10.0
 _ROW = "number of the particle"
 
 
@@ -114,7 +114,9 @@ class ParticleFilter(StateMethod):
         if isinstance(resampling, str):
             check_choice("ParticleFilter", tuple(RESAMPLINGS), resampling=resampling)
             resampling = RESAMPLINGS[resampling]()
-        self.particles, self.proposal, self.resampling = particles, proposal, resampling
+        self.particles = particles
+        self.proposal: Proposal = proposal  # type: ignore[reportAttributeAccessIssue]
+        self.resampling: Resampling = resampling  # type: ignore[reportAttributeAccessIssue]
         self.regularization, self.smoother, self.store, self.augment = regularization, smoother, store, augment
 
     def __check_init__(self):
@@ -232,21 +234,25 @@ class ParticleFilter(StateMethod):
         shapes = jax.eval_shape(move, (start, {}), jnp.asarray(0))[0][1]
         blank = {n: jnp.zeros(v.shape, v.dtype) for n, v in shapes.items()}
         (end, sites), (groups, stats, history) = jax.lax.scan(move, (start, blank), jnp.arange(chain.structure.length))
-        groups = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), g) for g in groups]
+        laws = [jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), g) for g in groups]
         evidence = end.log_likelihood + chain.static_log_likelihood()
         rows = draw_last(end, fourth, draws)
         summary = {"ess_lowest": jnp.min(stats["ess"]), "failed_step": end.failed}
         if store != "draws":
             posterior = {n: v[rows] for n, v in sites.items()} | joined_of(chain, end.state[rows])
-            carry = (self.proposal.states(end.state, end.memory)[rows], riders_at(chain, end, rows))
-            return StateDraws(posterior, *groups, {}, {}, carry, evidence, summary, stats)
-        if not self.proposal.has_density:
-            *parts, distinct = self.proposal.smoothed(chain, noise, history, end, rows, fifth)
-            summary["distinct_ancestors"] = distinct
-            return StateDraws(parts[0], *groups, parts[1], parts[2], parts[3], evidence, summary, stats)
-        paths, numbers = self._paths(chain, history, rows, fifth)
-        parts = self._sites(chain, start, noise, paths, end, fifth)
-        return StateDraws(parts[0], *groups, parts[1], parts[2], parts[3], evidence, summary | numbers, stats)
+            parts = (
+                posterior,
+                {},
+                {},
+                (self.proposal.states(end.state, end.memory)[rows], riders_at(chain, end, rows)),
+            )
+        elif self.proposal.has_density:
+            paths, numbers = self._paths(chain, history, rows, fifth)
+            parts, summary = self._sites(chain, start, noise, paths, end, fifth), summary | numbers
+        else:
+            *parts, summary["distinct_ancestors"] = self.proposal.smoothed(chain, noise, history, end, rows, fifth)
+        posterior, log_prior, log_likelihood, last = parts
+        return StateDraws(posterior, laws[0], laws[1], log_prior, log_likelihood, last, evidence, summary, stats)
 
     @property
     def _predicts(self) -> bool:
@@ -299,18 +305,18 @@ class ParticleFilter(StateMethod):
         return (
             f"all weights are zero at {where}: its data have no density at any of the {self.particles} particles, "
             "or the model gave NaN there. Look at the data and the observation's support at that step, "
-            "give more particles, or a proposal that sees the data (pf.Linearized())."
+            "give more particles, or a proposal that sees the data (pf.Newton(), pf.Linearized())."
         )
 
     def warnings(self, draws: Draws) -> list[str]:
         """Collapse, and few distinct ancestors."""
         notes = []
         lowest = float(draws.summary.get("ess_lowest", self.particles))
-        if lowest < max(2.0, _FEW * self.particles):
+        if lowest < min(_FEW, 0.5 * self.particles):
             notes.append(
                 f"the effective sample size fell to {lowest:.3g} of {self.particles} particles: the filter has "
-                "collapsed there, and its evidence is far too low or noisy. Give more particles, or "
-                "a guided proposal (pf.Linearized()); with many data per step use pf.EnKF()."
+                "collapsed there, and its evidence may be far too low or noisy. Give more particles, or "
+                "a guided proposal (pf.Newton(), pf.Linearized()); with many data per step use pf.EnKF()."
             )
         distinct = float(draws.summary.get("distinct_ancestors", jnp.inf))
         more = "smoother=pf.BackwardMoves() gives" if self.proposal.has_density else "More particles give"

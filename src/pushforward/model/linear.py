@@ -57,13 +57,13 @@ def why_no_gaussian_noise(space: StateSpace, *, matching: bool) -> str | None:
         )
     for name, (kind, what) in s.families.items():
         if kind == "other":
-            return f"observed site '{name}' {what}; use pf.NUTS() on the joint density"
+            return f"observed site '{name}' {what}; use pf.ParticleFilter(), or pf.NUTS() on the joint density"
         if kind == "matched" and not matching:
             return f"observed site '{name}' is {what}, not Normal; use pf.Extended(), pf.Unscented() or pf.NUTS()"
         if kind == "gaussian" and _random_sources(s, name, "noise"):
             return (
                 f"the noise of observed site '{name}' ({what}) depends on the state, which Gaussian methods would "
-                "ignore; use pf.NUTS() on the joint density"
+                "ignore; use pf.ParticleFilter(), or pf.NUTS() on the joint density"
             )
         if not _random_sources(s, name, "mean"):
             return f"the mean of observed site '{name}' does not depend on the state, so that its data tell nothing"
