@@ -97,10 +97,10 @@ def test_auto_says_why(series):
 
 
 def choose(model, **inputs):
-    from pushforward._infer import _choose
+    from pushforward._choice import choose
     from pushforward.model.inverse import read_problem
 
-    return _choose("auto", None, read_problem(model, (), inputs))
+    return choose("auto", None, read_problem(model, (), inputs))
 
 
 def test_nuts_on_a_scan_agrees_with_the_exact_smoother():
