@@ -128,7 +128,7 @@ def along(chain: Chain, start: tuple[Array, list[Array]], values: dict[str, Arra
     def one(state: Array, riders: list[Array], series: dict[str, Array]) -> dict[str, Any]:
         def move(carry: tuple, item: tuple) -> tuple[tuple, dict[str, Any]]:
             t, now = item
-            moved = given.step(*carry, t, now)
+            moved = given.step(carry[0], carry[1], t, now)
             kept = {"values": moved.sites, "log_prior": moved.log_prior, "log_likelihood": moved.observed.log_prob}
             return (moved.state, moved.riders), kept | {"returned": moved.returned}
 
