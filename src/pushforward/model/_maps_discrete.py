@@ -92,7 +92,11 @@ def _binomial(d: dist.Distribution) -> PriorMap:
 
 
 def _searched(
-    z: Array, d: dist.Distribution, lower: Callable[[Array], Array], upper: Callable[[Array], Array], largest: Array | float
+    z: Array,
+    d: dist.Distribution,
+    lower: Callable[[Array], Array],
+    upper: Callable[[Array], Array],
+    largest: Array | float,
 ) -> Array:
     """The smallest k with P(X <= k) >= Phi(z), by bisection; for z > 0 through P(X > k) <= Phi(-z).
 
