@@ -145,6 +145,13 @@ CHANGED = {
     "pathfinder": pf.Pathfinder(),
     "kalman": pf.Kalman(pf.Unscented(alpha=0.5), inflation=1.1),
     "enkf": pf.EnKF(20, pf.LETKF(3.0), inflation=pf.RTPS(0.4), rotate=True, smoother=pf.EnKS(lag=None)),
+    "particle_filter": pf.ParticleFilter(
+        50, proposal=pf.Auxiliary(pf.Optimal()), resampling="stratified", regularization=pf.Jitter(0.5)
+    ),
+    "pmmh": pf.PMMH(chains=2, correlation=0.9),
+    "particle_gibbs": pf.ParticleGibbs(chains=2),
+    "smc2": pf.SMC2(particles=40),
+    "discrete_hmm": pf.DiscreteHMM(store="last"),
 }
 
 
@@ -172,7 +179,9 @@ def test_save_refuses_what_is_no_method(regression, tmp_path):
     model, inputs = regression
     tree = pf.infer(model, method="laplace", draws=5, **inputs)
     for value in (tree, pf.NUTS, {"chains": 4}, jax.numpy.zeros(3)):
-        with pytest.raises(ArgumentError, match=r"pf.save writes methods of pushforward; got .*tree.to_netcdf"):
+        with pytest.raises(
+            ArgumentError, match=r"pf.save writes methods and streams of pushforward; got .*tree.to_netcdf"
+        ):
             pf.save(tmp_path / "method.pf", value)
     assert not (tmp_path / "method.pf").exists()
 
