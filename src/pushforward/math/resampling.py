@@ -32,7 +32,8 @@ from jax.scipy.special import logsumexp
 from pushforward._types import Array, Float, Int, Key
 
 Ancestors = Int[Array, "count"]
-_BLOCK, _SMALL = 10, 4096
+_BLOCK, _SMALL, _SQUARE = 10, 4096, 4096
+"""Width of blocks; length up to which JAX's running sums serve; pairs up to which all are compared."""
 
 
 def systematic(key: Key, log_weights: Float[Array, "members"], count: int) -> Ancestors:
@@ -222,6 +223,9 @@ def _spread(first: Int[Array, "members"], weights: Array, count: int) -> Ancesto
     """Ancestors from each particle's first slot: slot j's is the last particle of positive weight with first <= j."""
     slots = jnp.where(weights > 0, jnp.maximum(first, 0), count)
     particles = jnp.arange(len(weights), dtype=jnp.int32)
+    if len(weights) * count <= _SQUARE:
+        reached = slots[:, None] <= jnp.arange(count, dtype=jnp.int32)[None, :]
+        return jnp.max(jnp.where(reached, particles[:, None], 0), 0)
     marks = jnp.zeros(count, jnp.int32).at[slots].max(particles, mode="drop")
     return running(jnp.maximum, marks)
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pushforward._types import Array, Key
+from pushforward.math.normals import normals
 from pushforward.math.resampling import draws_from
 from pushforward.methods._particle_parts import Multinomial, NoJitter
 from pushforward.methods._particle_smoothing import History, _density, trace
@@ -64,7 +65,7 @@ def sweep(chain: Chain, path: Path, key: Key, particles: int, conditional: bool 
         The trajectory, and the share of its steps that are not those of `path`.
     """
     first, second, third = jax.random.split(key, 3)
-    noise = jax.random.normal(first, (particles, chain.initial_dimension))
+    noise = normals(first, (particles, chain.initial_dimension))
     noise = noise.at[-1].set(path.start) if conditional else noise
     start = _start(chain, noise)
     windows = _windows(chain, path)
@@ -117,7 +118,7 @@ def _step(
         ancestors = ancestors.at[-1].set(jnp.where(jnp.isfinite(top), drawn, n - 1).astype(ancestors.dtype))
     state = cloud.state[ancestors]
     riders = [r[ancestors] for r in cloud.riders] if discrete else cloud.riders
-    moved = step_all(chain, state, riders, t, jax.random.normal(third, (n, chain.noise_dimension)))
+    moved = step_all(chain, state, riders, t, normals(third, (n, chain.noise_dimension)))
     if conditional:
         now = {name: v[0] for name, v in later.items()}
         own = given.step(state[-1], [r[-1] for r in riders] if discrete else riders, t, now)

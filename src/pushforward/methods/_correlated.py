@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
 from pushforward._types import Array, Key
+from pushforward.math.normals import normals
 from pushforward.methods._particle_parts import NoJitter, Systematic
 from pushforward.methods._particle_smoothing import History, draw_last, sites_of, trace
 from pushforward.methods._particles import Cloud, Random, Record
@@ -53,8 +54,8 @@ class Correlated(eqx.Module):
         first, second, third, fourth = jax.random.split(key, 4)
         n, length = self.states.particles, space.steps
         return Source(
-            jax.random.normal(first, (n, space.initial_dimension)),
-            jax.random.normal(second, (length, n, space.noise_dimension)),
+            normals(first, (n, space.initial_dimension)),
+            normals(second, (length, n, space.noise_dimension)),
             jax.random.normal(third, (length,)),
             fourth,
         )
@@ -65,7 +66,7 @@ class Correlated(eqx.Module):
         rho, rest = self.correlation, (1 - self.correlation**2) ** 0.5
 
         def near(u: Array, k: Key) -> Array:
-            return rho * u + rest * jax.random.normal(k, u.shape, u.dtype)
+            return rho * u + rest * normals(k, u.shape, u.dtype)
 
         parts = (near(source.start, first), near(source.steps, second), near(source.resampling, third))
         return Source(*parts, fourth)
@@ -96,7 +97,7 @@ class Correlated(eqx.Module):
         return StateDraws(parts[0], {}, {}, parts[1], parts[2], parts[3], evidence, {})
 
     def _step(self, chain: Chain, cloud: Cloud, item: tuple, source: Source) -> tuple[Cloud, Record]:
-        t, normals, resampling = item
+        t, noise, resampling = item
         order = _order(cloud)
         discrete = chain.structure.discrete
         parts = (cloud.state, cloud.memory, cloud.log_weights, cloud.weights, cloud.riders if discrete else [])
@@ -107,8 +108,8 @@ class Correlated(eqx.Module):
             (state, memory, log_weights, weights, riders if discrete else cloud.riders),
         )
         # A uniform below one: the normal's probability rounds to one in its far tail.
-        uniform = jnp.minimum(ndtr(resampling), 1 - jnp.finfo(normals.dtype).epsneg)
-        random = Random(normals, uniform, source.key)
+        uniform = jnp.minimum(ndtr(resampling), 1 - jnp.finfo(noise.dtype).epsneg)
+        random = Random(noise, uniform, source.key)
         after, record = self.states.steps.step(chain, ordered, t, random)
         return after, eqx.tree_at(lambda r: r.ancestors, record, order[record.ancestors])
 

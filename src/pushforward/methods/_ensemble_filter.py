@@ -16,6 +16,7 @@ from pushforward._types import Array, Key
 from pushforward.math import ensemble
 from pushforward.math.ensemble import Whitened, whiten
 from pushforward.math.ensemble_iterative import iterative_start, iterative_step, iterative_weights
+from pushforward.math.normals import normals
 from pushforward.methods._ensemble_parts import LETKF, Analysis, Inflation, IterativeEnKS, Smoother
 from pushforward.model._chain import ChainStructure
 from pushforward.model.state_space import Chain, Moved
@@ -148,7 +149,7 @@ class Filter(eqx.Module):
     def start(self, chain: Chain, key: Key) -> tuple[Ensemble, Array, Array]:
         """The ensemble at the start given what is observed there, its prior noise z_0, and that update's weights."""
         first, second = jax.random.split(key)
-        noise = jax.random.normal(first, (self.size, chain.initial_dimension))
+        noise = normals(first, (self.size, chain.initial_dimension))
         members, riders, observed = jax.vmap(chain.start)(noise)
         if not chain.structure.discrete:
             riders = [r[0] for r in riders]
@@ -168,7 +169,7 @@ class Filter(eqx.Module):
     def cycle(self, chain: Chain, columns: Layout, before: Ensemble, t: Array, key: Key) -> tuple[Ensemble, Cycle]:
         """Forecast, analysis and inflation of step `t`."""
         keys = jax.random.split(key, 5)
-        noise = jax.random.normal(keys[0], (self.size, chain.noise_dimension))
+        noise = normals(keys[0], (self.size, chain.noise_dimension))
         if isinstance(self.smoother, IterativeEnKS):
             return self._iterative(chain, columns, before, t, keys)
         moved = self.move(chain, before, t, noise)

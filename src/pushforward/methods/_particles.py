@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pushforward._types import Array, Key
+from pushforward.math.normals import normals
 from pushforward.methods._particle_parts import Regularization, Resampling, random_uniforms
 from pushforward.methods._proposals import Proposal
 from pushforward.model.state_space import Chain
@@ -72,7 +73,7 @@ class ParticleSteps(eqx.Module):
 
     def start(self, chain: Chain, key: Key) -> tuple[Cloud, Array]:
         """The particles at the start, weighted by what is observed there, and their noise z_0 (N, k)."""
-        noise = jax.random.normal(key, (self.size, chain.initial_dimension))
+        noise = normals(key, (self.size, chain.initial_dimension))
         return self.start_at(chain, noise), noise
 
     def start_at(self, chain: Chain, noise: Array) -> Cloud:
@@ -89,8 +90,8 @@ class ParticleSteps(eqx.Module):
     def random(self, chain: Chain, key: Key) -> Random:
         """What one step draws, from a key."""
         first, second, third = jax.random.split(key, 3)
-        normals = jax.random.normal(first, (self.size, self.proposal.noise_dimension(chain)))
-        return Random(normals, random_uniforms(self.resampling, second, self.size, normals.dtype), third)
+        noise = normals(first, (self.size, self.proposal.noise_dimension(chain)))
+        return Random(noise, random_uniforms(self.resampling, second, self.size, noise.dtype), third)
 
     def step(self, chain: Chain, before: Cloud, t: Array, random: Random) -> tuple[Cloud, Record]:
         """Resample, move and weigh; `t` numbers the step's row of data and covariates."""
