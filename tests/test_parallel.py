@@ -36,47 +36,37 @@ import pushforward as pf
 from conftest import line
 warnings.simplefilter("ignore")
 x = np.linspace(-1.0, 1.0, 6)
-found = {"devices": len(jax.devices())}
-for name, method in json.loads(sys.argv[1]).items():
-    options = {"method": eval(method), "draws": 10, "progress": False, "predictive": True, "x": x, "y": 0.7 * x + 0.3}
-    one, many = (pf.infer(line, mesh=mesh, **options) for mesh in (None, jax.devices()))
-    gap = 0.0
-    for group in ("posterior", "log_likelihood", "log_prior", "posterior_predictive"):
-        for variable in one[group].data_vars:
-            a, b = one[group][variable].to_numpy(), many[group][variable].to_numpy()
-            gap = max(gap, float(np.max(np.abs(a - b) / (1 + np.abs(a)))))
-    found[name] = {"gap": gap, "devices": pf.attributes(many)["devices"], "warnings": pf.attributes(many)["warnings"]}
-print(json.dumps(found))
+options = {"draws": 10, "progress": False, "predictive": True, "x": x, "y": 0.7 * x + 0.3}
+one, many = (pf.infer(line, method=eval(sys.argv[1]), mesh=mesh, **options) for mesh in (None, jax.devices()))
+gap = 0.0
+for group in ("posterior", "log_likelihood", "log_prior", "posterior_predictive"):
+    for variable in one[group].data_vars:
+        a, b = one[group][variable].to_numpy(), many[group][variable].to_numpy()
+        gap = max(gap, float(np.max(np.abs(a - b) / (1 + np.abs(a)))))
+found = pf.attributes(many)
+print(json.dumps({"gap": gap, "devices": [len(jax.devices()), found["devices"]], "warnings": found["warnings"]}))
 """
 
 
-@pytest.fixture(scope="module")
-def eight_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(SHORT)], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_every_method_is_compared(eight_devices):
+def test_every_method_is_compared():
     # Methods of state space need a scan; theirs are in the files of their methods.
     of_states = {"kalman", "enkf", "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2"}
     assert set(SHORT) == set(NAMES) - of_states
-    assert eight_devices["devices"] == 8
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_mesh_gives_the_same_draws(name, eight_devices):
-    assert eight_devices[name]["gap"] < 1e-5
-    assert eight_devices[name]["devices"] == 8
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_a_method_that_does_not_split_its_run_says_so(name, eight_devices):
-    said = any("mesh= splits only the evaluation" in text for text in eight_devices[name]["warnings"])
+def test_a_mesh_gives_the_same_draws(name):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, SHORT[name]], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["gap"] < 1e-5
+    assert found["devices"] == [8, 8]
+    # A method that does not split its run says so.
+    said = any("mesh= splits only the evaluation" in text for text in found["warnings"])
     assert said == (NAMES[name].shards == "draws")
 
 
