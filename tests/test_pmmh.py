@@ -221,11 +221,15 @@ def test_scores_see_an_error():
 # ---------------------------------------------------------------------------------- agreement with NUTS on everything
 
 
-def agreement(tree, other, names):
-    """Differences of means and of logs of standard deviations of two runs, in their joint Monte Carlo errors."""
+def agreement(tree, other, columns):
+    """Differences of means and of logs of standard deviations of two runs, in their joint Monte Carlo errors.
+
+    Columns are real numbers: positive parameters are compared by their logarithms, because an error of a standard
+    deviation that is estimated from the heavy tail of a log-normal law is itself too small in most runs.
+    """
     found = {}
-    for name in names:
-        a, b = (t["posterior"][name].to_numpy().astype(float) for t in (tree, other))
+    for name, column in columns.items():
+        a, b = (column(t["posterior"].dataset).to_numpy().astype(float) for t in (tree, other))
         sizes = [float(az.ess(v)) for v in (a, b)]
         error = np.hypot(*(v.std() / n**0.5 for v, n in zip((a, b), sizes, strict=True)))
         found[name] = (a.mean() - b.mean()) / error
@@ -241,38 +245,67 @@ def _quietly(model, **options):
         return pf.infer(model, progress=False, **options)
 
 
+def _log(name):
+    return lambda posterior: np.log(posterior[name])
+
+
+INFLUENZA = {n: _log(n) for n in ("beta", "gamma", "i0", "concentration", "noise_sd")}
+VOLATILITY = {"mu": lambda d: d["mu"], "logit_rho": lambda d: d["logit_rho"], "spread": _log("spread")}
+
+
+@pytest.fixture(scope="module")
+def influenza_by_nuts():
+    # At an acceptance of .95 some draws diverge and the mean of beta is .02 sd off; at .99 none does.
+    tree = _quietly(
+        influenza.model, method=pf.NUTS(target_acceptance=0.99), y=np.array(influenza.DATA), draws=4000, key=7
+    )
+    assert int(tree["sample_stats"]["diverging"].sum()) == 0
+    return tree
+
+
 @pytest.mark.slow
-def test_influenza_agrees_with_nuts():
+@pytest.mark.parametrize(
+    ("method", "draws"),
+    [(PMMH(warmup=2000, thinning=8), 2000), (ParticleGibbs(thinning=4), 2000), (SMC2(particles=1000), 1000)],
+    ids=["pmmh", "particle_gibbs", "smc2"],
+)
+def test_influenza_agrees_with_nuts(method, draws, influenza_by_nuts):
     # A body that moves by its noise: particle Gibbs does without ancestor sampling.
     y = np.array(influenza.DATA)
-    nuts = _quietly(influenza.model, method=pf.NUTS(target_acceptance=0.95), y=y, draws=2000)
-    names = ("beta", "gamma", "i0", "concentration", "noise_sd")
-    runs = (
-        (PMMH(warmup=2000, thinning=4), 2000),
-        (ParticleGibbs(thinning=4), 2000),
-        (SMC2(particles=1000), 1000),
-    )
-    for method, draws in runs:
-        tree = _quietly(influenza.model, method=method, states=pf.ParticleFilter(100), y=y, draws=draws)
-        found = agreement(tree, nuts, names)  # ten numbers at 4 errors: a false alarm in 6e-4
-        print(type(method).__name__, {k: round(v, 2) for k, v in found.items()}, pf.attributes(tree)["run_seconds"])
-        assert max(map(abs, found.values())) < 4, (method, found)
+    tree = _quietly(influenza.model, method=method, states=pf.ParticleFilter(100), y=y, draws=draws)
+    found = agreement(tree, influenza_by_nuts, INFLUENZA)  # ten numbers at 4 errors: a false alarm in 6e-4
+    print(type(method).__name__, {k: round(v, 2) for k, v in found.items()}, pf.attributes(tree)["run_seconds"])
+    assert max(map(abs, found.values())) < 4, (method, found)
+
+
+@pytest.fixture(scope="module")
+def volatility_by_nuts():
+    y = np.array(stochastic_volatility.DATA[: stochastic_volatility.SHORT])
+    model = stochastic_volatility.model_parameters
+    tree = _quietly(model, method=pf.NUTS(target_acceptance=0.95), y=y, draws=2000)
+    # The reference itself is held to quadrature.
+    for name, mean in stochastic_volatility.PARAMETERS_MEAN.items():
+        values = tree["posterior"][name].to_numpy().astype(float)
+        assert abs(values.mean() - mean) < 4 * values.std() / float(az.ess(values)) ** 0.5 + 1e-3, name
+    return tree
 
 
 @pytest.mark.slow
-def test_stochastic_volatility_agrees_with_nuts():
-    y = np.array(stochastic_volatility.DATA[: stochastic_volatility.SHORT])
-    model, centred = stochastic_volatility.model_parameters, stochastic_volatility.model_parameters_centred
-    nuts = _quietly(model, method=pf.NUTS(target_acceptance=0.95), y=y, draws=2000)
-    names = ("mu", "rho", "sigma", "spread")
-    runs = (
-        (PMMH(warmup=2000, thinning=2), 200, 2000),
-        (PMMH(warmup=2000, thinning=3, correlation=0.98), 50, 2000),
-        (ParticleGibbs(thinning=5), 50, 2000),
+@pytest.mark.parametrize(
+    ("method", "particles", "draws"),
+    [
+        (PMMH(warmup=2000, thinning=3), 200, 2000),
+        # Random numbers that move slowly make slow chains, whose errors short runs do not show.
+        (PMMH(warmup=2000, thinning=10, correlation=0.98), 30, 2000),
+        (ParticleGibbs(thinning=10), 50, 2000),
         (SMC2(particles=600), 200, 600),
-    )
-    for method, particles, draws in runs:
-        tree = _quietly(centred, method=method, states=pf.ParticleFilter(particles), y=y, draws=draws)
-        found = agreement(tree, nuts, names)
-        print(type(method).__name__, {k: round(v, 2) for k, v in found.items()}, pf.attributes(tree)["run_seconds"])
-        assert max(map(abs, found.values())) < 4, (method, found)
+    ],
+    ids=["pmmh", "correlated", "particle_gibbs", "smc2"],
+)
+def test_stochastic_volatility_agrees_with_nuts(method, particles, draws, volatility_by_nuts):
+    y = np.array(stochastic_volatility.DATA[: stochastic_volatility.SHORT])
+    centred = stochastic_volatility.model_parameters_centred
+    tree = _quietly(centred, method=method, states=pf.ParticleFilter(particles), y=y, draws=draws)
+    found = agreement(tree, volatility_by_nuts, VOLATILITY)
+    print(type(method).__name__, {k: round(v, 2) for k, v in found.items()}, pf.attributes(tree)["run_seconds"])
+    assert max(map(abs, found.values())) < 4, (method, found)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from pushforward.math.small_matrices import eliminate, solve_factor, symmetric
+
 LOG_2PI = 1.8378770664093453
-SMALL = 6  # up to this many data the factorisation is unrolled into elementwise operations, which XLA fuses
-BLOCK = 20  # larger ones go by blocks: beyond about this size OpenBLAS starts threads that spin
 
 
 class Step(NamedTuple):
@@ -108,46 +108,6 @@ class Smoothed(NamedTuple):
 def dense(R: Float[Array, "m m"] | Float[Array, " m"]) -> Float[Array, "m m"]:
     """The covariance matrix, from a matrix or variances."""
     return jnp.diag(R) if R.ndim == 1 else R
-
-
-def symmetric(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Averages a matrix with its transpose, since rounding errors of odd symmetry may grow."""
-    return 0.5 * (matrix + jnp.swapaxes(matrix, -1, -2))
-
-
-def eliminate(joint: Float[Array, "k k"], m: int) -> Float[Array, "k m"]:
-    """The first m columns of the lower Cholesky factor of a matrix whose leading m x m block is positive definite.
-
-    With joint = [[S, C'], [C, V]] these are [F; C F^-T], F F' = S; then V - (C F^-T)(C F^-T)' is the Schur complement.
-    """
-    size, columns = 1 if m <= SMALL else BLOCK, []
-    for start in range(0, m, size):
-        stop = min(start + size, m)
-        column = joint[start:, start:stop]
-        for first, done in columns:
-            rest = done[start - first :]
-            column = column - rest @ rest[: stop - start].T if size > 1 else column - rest * rest[:1]
-        if size == 1:
-            column = column * lax.rsqrt(column[:1])
-        else:
-            factor = jnp.linalg.cholesky(column[: stop - start], symmetrize_input=False)
-            column = jnp.concatenate([factor, solve_factor(factor, column[stop - start :].T, transposed=False).T])
-        columns.append((start, column))
-    padded = (jnp.pad(column, ((start, 0), (0, 0))) for start, column in columns)
-    return jnp.concatenate([joint[:, :0], *padded], axis=1)
-
-
-def solve_factor(factor: Float[Array, "m m"], right: Float[Array, "m k"], *, transposed: bool) -> Float[Array, "m k"]:
-    """Solves F x = right, or F' x = right if `transposed`, for lower triangular F; unrolled if small."""
-    m = factor.shape[0]
-    if m > SMALL:
-        # From the right, since rows lie one after the other: solve_triangular makes copies and takes up to 20 x longer.
-        return lax.linalg.triangular_solve(factor, right.T, left_side=False, lower=True, transpose_a=not transposed).T
-    rows: dict[int, Array] = {}
-    for i in reversed(range(m)) if transposed else range(m):
-        known = sum((factor[j, i] if transposed else factor[i, j]) * row for j, row in rows.items())
-        rows[i] = (right[i] - known) / factor[i, i]
-    return jnp.stack([rows[i] for i in range(m)]) if m else right
 
 
 def masked(mean: Array, step: Step, y: Array) -> tuple[Array, Array, Array, Array, Array]:

@@ -22,15 +22,13 @@ from pushforward.math.kalman import (
     Step,
     Varying,
     dense,
-    eliminate,
     masked,
     merged,
     scanned,
     smooth_step,
-    solve_factor,
-    symmetric,
     update,
 )
+from pushforward.math.small_matrices import eliminate, solve_factor, symmetric
 
 
 class Element(NamedTuple):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pushforward.math.kalman import LOG_2PI, Step, dense, eliminate, solve_factor, symmetric
+from pushforward.math.kalman import LOG_2PI, Step, dense
+from pushforward.math.small_matrices import SMALL, eliminate, product, solve_factor, swept, symmetric
 
 CHUNK = 32
 """Times between tests of convergence."""
@@ -94,20 +95,29 @@ def filter_constant(
     return ConstantFiltered(log_likelihood, means, cov, full_steps)
 
 
-def _gain(system: _System, cov: Array, innovation: Array, present: Array | None) -> tuple[Array, Array, Array, Array]:
-    """Factor F of S, C F^-T, the next covariance, and F^-1 innovation.
+def _joint(system: _System, cov: Array, innovation: Array, present: Array | None) -> Array:
+    """Covariance of (data, next carry, innovation's row): [[S, C'], [C, V], [innovation, 0]].
 
-    Missing data become independent of all else, of variance 1.
+    Missing data become independent of all else, of variance 1. The innovation is one row more to eliminate, which
+    saves a triangular solve.
     """
     m = innovation.shape[0]
-    joint = (system.maps @ cov) @ system.maps.T + system.noise
-    top, rest = joint[:m, :m], joint[m:, :m]
+    half = lax.optimization_barrier(product(system.maps, cov))
+    joint = lax.optimization_barrier(product(half, system.maps.T) + system.noise)
     if present is not None:
-        top, rest = top * (present[:, None] * present[None]) + jnp.diag(1.0 - present), rest * present[None]
-    # The innovation is one row more to eliminate, which saves a triangular solve.
-    columns = eliminate(jnp.concatenate([top, rest, innovation[None]]), m)
+        kept = jnp.concatenate([present, jnp.ones(joint.shape[0] - m, joint.dtype)])
+        joint = joint * (kept[:, None] * kept[None]) + jnp.diag(1.0 - kept)
+    row = jnp.concatenate([innovation, jnp.zeros(joint.shape[0] - m, joint.dtype)])
+    return jnp.concatenate([joint, row[None]])
+
+
+def _gain(system: _System, cov: Array, innovation: Array, present: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Factor F of S, C F^-T, the next covariance, and F^-1 innovation."""
+    m = innovation.shape[0]
+    joint = _joint(system, cov, innovation, present)
+    columns = eliminate(joint, m)
     below = columns[m:-1]
-    return columns[:m], below, symmetric(joint[m:, m:] - below @ below.T), columns[-1]
+    return columns[:m], below, symmetric(joint[m:-1, m:] - product(below, below.T)), columns[-1]
 
 
 def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
@@ -116,11 +126,19 @@ def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
 
     def move(carry, now: _Input):
         mean, cov = carry
-        predicted = system.maps @ mean
-        factor, below, cov, white = _gain(system, cov, now.y - now.present * predicted[:m], now.present)
-        mean = predicted[m:] + now.b + below @ white
-        term = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(white**2)
-        return (mean, cov), (term, mean)
+        predicted = product(system.maps, mean)
+        innovation = now.y - now.present * predicted[:m]
+        push = predicted[m:] + now.b
+        if not 0 < m <= SMALL:
+            factor, below, cov, white = _gain(system, cov, innovation, now.present)
+            term = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(white**2)
+            mean = push + product(below, white)
+            return (mean, cov), (term, mean)
+        joint = _joint(system, cov, innovation, now.present)
+        diagonal, columns = swept(joint, m)
+        cov = symmetric(joint[m:-1, m:] - sum(c[:-1, None] * c[None, :-1] for c in columns))
+        mean = push + sum(c[:-1] * c[-1] for c in columns)
+        return (mean, cov), (-sum(jnp.log(d) + 0.5 * c[-1] ** 2 for d, c in zip(diagonal, columns, strict=True)), mean)
 
     carry, (terms, means) = lax.scan(move, start, inputs)
     return carry, (jnp.sum(terms), means)
@@ -167,7 +185,7 @@ def _steady(system: _System, mean: Array, cov: Array, inputs: _Input, start: Arr
 
     # A matrix-vector product per time costs less than blocks of times, whose powers of L mean log(block) more work.
     def move(mean, push):
-        after = L @ mean + push
+        after = product(L, mean) + push
         return after, (mean, after)
 
     _, (before, means) = lax.scan(move, jnp.zeros_like(mean), pushed)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
-from pushforward.math.kalman import SMALL, eliminate, solve_factor
+from pushforward.math.small_matrices import SMALL, eliminate, solve_factor
 from pushforward.methods._base import check_integer
 from pushforward.methods._proposals import Begun, Bootstrap, Proposal, Proposed, example, log_likelihood, riders_of
 from pushforward.model._program import Program

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pushforward._types import Array, Key
 from pushforward.math import kalman
 from pushforward.math.kalman import Filtered, Record, Step, Updated, Varying
+from pushforward.math.small_matrices import solve_factor
 from pushforward.methods._linearization import Linearization
 from pushforward.methods._loops import checkpointed_scan
 from pushforward.model.linear import first_at, step_at
@@ -198,8 +199,8 @@ def draw(
 
 
 def _score(record: Record, innovation: Array) -> Array:
-    white = kalman.solve_factor(record.factor, innovation, transposed=False)
-    return kalman.solve_factor(record.factor, white, transposed=True)
+    white = solve_factor(record.factor, innovation, transposed=False)
+    return solve_factor(record.factor, white, transposed=True)
 
 
 def joint_moments(record: Record) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -208,7 +209,7 @@ def joint_moments(record: Record) -> tuple[tuple[Array, Array], tuple[Array, Arr
     mean = jnp.concatenate([record.mean, jnp.zeros(q)])
     cov = jax.scipy.linalg.block_diag(record.cov, jnp.eye(q))
     maps = jnp.concatenate([record.H, record.D], axis=1)
-    white = kalman.solve_factor(record.factor, maps @ cov, transposed=False)
+    white = solve_factor(record.factor, maps @ cov, transposed=False)
     score = cov @ (maps.T @ record.score)
     return (mean + score, cov - white.T @ white), (mean, cov)
 
