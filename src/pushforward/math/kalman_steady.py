@@ -77,17 +77,16 @@ def filter_constant(
     missing = jnp.isnan(ys)
     residual = jnp.where(missing, 0.0, ys - jnp.broadcast_to(step.d, ys.shape))
     inputs = _Input(residual, 1.0 - missing.astype(ys.dtype), jnp.broadcast_to(step.b, (length, n)))
-    head = length % CHUNK if length >= 2 * CHUNK and n else length
-    (mean, cov), (log_likelihood, means) = _full(system, (mean, cov), jax.tree.map(lambda x: x[:head], inputs))
-    full_steps = jnp.asarray(head)
-    if head < length:
-        (mean, cov), (term, rest), converged, full_steps = _chunks(system, (mean, cov), inputs, head, steady)
-        log_likelihood, means = log_likelihood + term, jnp.concatenate([means, rest])
+    if length < 2 * CHUNK or not n:
+        (_, cov), (log_likelihood, means) = _full(system, (mean, cov), (inputs, None))
+        full_steps = jnp.asarray(length)
+    else:
+        (mean, cov), (log_likelihood, means), converged, full_steps = _chunks(system, (mean, cov), inputs, steady)
         if steady:
             term, rest = lax.cond(
                 converged & (full_steps < length),
                 _steady,
-                lambda *_: (jnp.zeros_like(term), jnp.zeros_like(means)),
+                lambda *_: (jnp.zeros_like(log_likelihood), jnp.zeros_like(means)),
                 *(system, mean, cov, inputs, full_steps),
             )
             log_likelihood, means = log_likelihood + term, means + rest
@@ -120,12 +119,21 @@ def _gain(system: _System, cov: Array, innovation: Array, present: Array | None)
     return columns[:m], below, symmetric(joint[m:-1, m:] - product(below, below.T)), columns[-1]
 
 
-def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
-    """The full recursion; the log likelihood without its constant."""
-    m = inputs.y.shape[1]
+def _full(system: _System, start: tuple[Array, Array], series: tuple[_Input, Array | None]) -> tuple:
+    """The full recursion; the log likelihood without its constant.
 
-    def move(carry, now: _Input):
-        mean, cov = carry
+    A series is the inputs, and which of them count: the others leave all as it is. None: all count.
+    """
+    m = series[0].y.shape[1]
+
+    def move(carry, item: tuple[_Input, Array | None]):
+        after = _move(*carry, item[0])
+        if item[1] is None:
+            return after
+        blank = (carry, (jnp.zeros_like(after[1][0]), carry[0]))
+        return jax.tree.map(lambda new, old: jnp.where(item[1], new, old), after, blank)
+
+    def _move(mean: Array, cov: Array, now: _Input):
         predicted = product(system.maps, mean)
         innovation = now.y - now.present * predicted[:m]
         push = predicted[m:] + now.b
@@ -140,22 +148,29 @@ def _full(system: _System, start: tuple[Array, Array], inputs: _Input) -> tuple:
         mean = push + sum(c[:-1] * c[-1] for c in columns)
         return (mean, cov), (-sum(jnp.log(d) + 0.5 * c[-1] ** 2 for d, c in zip(diagonal, columns, strict=True)), mean)
 
-    carry, (terms, means) = lax.scan(move, start, inputs)
+    carry, (terms, means) = lax.scan(move, start, series)
     return carry, (jnp.sum(terms), means)
 
 
-def _chunks(system: _System, start: tuple[Array, Array], inputs: _Input, head: int, steady: bool) -> tuple:
-    """The full recursion from time `head` by chunks, which are skipped once the covariance has converged."""
+def _chunks(system: _System, start: tuple[Array, Array], inputs: _Input, steady: bool) -> tuple:
+    """The full recursion by chunks, which are skipped once the covariance has converged.
+
+    Times that do not count fill up the first chunk, so that one body serves all.
+    """
     mean, cov = start
+    length = len(inputs.y)
     tolerance = 1e-14 if cov.dtype == jnp.float64 else 1e-6
-    chunks = jax.tree.map(lambda x: x[head:].reshape(-1, CHUNK, x.shape[1]), inputs)
+    idle = -length % CHUNK
+    counts = jnp.arange(-idle, length) >= 0 if idle else None
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((idle, 0), (0, 0))), inputs)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, CHUNK, *x.shape[1:]), (padded, counts))
     # Recomputing a chunk in the backward pass is cheaper than storing its matrices: they stay in the cache.
     full = jax.checkpoint(_full)
-    complete = jnp.all(chunks.present == 1.0, axis=(1, 2))
+    complete = jnp.all(chunks[0].present == 1.0, axis=(1, 2))
     complete_from_here = jnp.flip(jnp.cumprod(jnp.flip(complete.astype(jnp.int32)))) == 1
 
     def skip(system, carry, chunk):
-        return carry, (jnp.zeros((), cov.dtype), jnp.zeros_like(chunk.b))
+        return carry, (jnp.zeros((), cov.dtype), jnp.zeros_like(chunk[0].b))
 
     def move(carry, slices):
         (state, settled, count), (chunk, complete) = carry, slices
@@ -166,9 +181,9 @@ def _chunks(system: _System, start: tuple[Array, Array], inputs: _Input, head: i
         settled = settled | (still & complete & steady)
         return (after, settled, count + jnp.where(skipped, 0, CHUNK)), out
 
-    first = ((mean, cov), jnp.asarray(False), jnp.asarray(head))
+    first = ((mean, cov), jnp.asarray(False), jnp.asarray(-idle))
     (state, settled, count), (terms, means) = lax.scan(move, first, (chunks, complete_from_here))
-    return state, (jnp.sum(terms), means.reshape(-1, mean.shape[0])), settled, count
+    return state, (jnp.sum(terms), means.reshape(-1, mean.shape[0])[idle:]), settled, count
 
 
 def _steady(system: _System, mean: Array, cov: Array, inputs: _Input, start: Array) -> tuple[Array, Array]:
