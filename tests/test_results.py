@@ -11,6 +11,7 @@ import xarray as xr
 import pushforward as pf
 from pushforward import posterior
 from pushforward._errors import ArgumentError
+from pushforward.diagnostics import worst_convergence
 
 SCHOOLS = ["a", "b", "c", "d"]
 EFFECTS, ERRORS = np.array([28.0, 8.0, -3.0, 7.0]), np.array([15.0, 10.0, 16.0, 11.0])
@@ -203,3 +204,12 @@ def test_axes_without_a_name_get_one(regression):
     assert tree["observed_data"]["y"].dims == ("y_dim_0",)
     with pytest.raises(ArgumentError, match="coords= names the dimension 'date'"):
         pf.infer(model, method="laplace", draws=3, progress=False, coords={"date": [1]}, **inputs)
+
+
+def test_chains_that_stand_still_have_no_finite_rhat():
+    """Without a warning of NumPy's; a short run of a noisy method may leave them."""
+    still = xr.Dataset({"a": (("chain", "draw"), np.repeat([[1.0], [2.0]], 20, axis=1))})
+    found = worst_convergence(still)
+    assert found["rhat_max"] == np.inf
+    assert found["rhat_variable"] == "a"
+    assert found["ess_min"] < 5

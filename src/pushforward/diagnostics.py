@@ -48,12 +48,14 @@ def worst_convergence(posterior: Any) -> dict[str, Any]:
         if array.shape[1] < 4 or not moving.any() or not np.isfinite(array).all():
             continue
         array = array[..., moving].astype(float)
-        rhat = np.atleast_1d(array_stats.rhat(array, chain_axis=0, draw_axis=1))
-        bulk = np.atleast_1d(array_stats.ess(array, chain_axis=0, draw_axis=1, method="bulk"))
-        tail = np.atleast_1d(array_stats.ess(array, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95)))
+        # Chains that stand still at different places have an R-hat of infinity.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rhat = np.atleast_1d(array_stats.rhat(array, chain_axis=0, draw_axis=1))
+            bulk = np.atleast_1d(array_stats.ess(array, chain_axis=0, draw_axis=1, method="bulk"))
+            tail = np.atleast_1d(array_stats.ess(array, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95)))
         ess = np.fmin(bulk, tail)
-        if np.nanmax(rhat) > worst["rhat_max"]:
+        if not np.isnan(rhat).all() and np.nanmax(rhat) > worst["rhat_max"]:
             worst |= {"rhat_max": float(np.nanmax(rhat)), "rhat_variable": name}
-        if np.nanmin(ess) < worst["ess_min"]:
+        if np.isfinite(ess).any() and np.nanmin(ess) < worst["ess_min"]:
             worst |= {"ess_min": float(np.nanmin(ess)), "ess_variable": name}
     return worst
