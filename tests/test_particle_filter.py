@@ -253,12 +253,15 @@ def test_gradients_of_differentiable_resampling(scheme, allowed, float64):
     """Mean gradient over 60 keys: that of Kalman's log likelihood within 4 errors and the named share (bias)."""
     space = read(local_linear.model, y=local_linear.DATA[:12])
     u = jnp.asarray(-0.3)
-    exact = jax.grad(lambda u: pf.Kalman().log_likelihood(space.chain({"u": u}), KEY))(u)
+    exact, slope = jax.value_and_grad(lambda u: pf.Kalman().log_likelihood(space.chain({"u": u}), KEY))(u)
     method = pf.ParticleFilter(64, resampling=scheme)
-    slope = jax.grad(lambda u, k: method.log_likelihood(space.chain({"u": u}), k))
-    found = np.asarray(jax.jit(lambda k: jax.lax.map(lambda k: slope(u, k), k))(jax.random.split(KEY, 60)))
-    print(found.mean(), found.std() / 60**0.5, exact)
-    assert abs(found.mean() - exact) < 4 * found.std(ddof=1) / 60**0.5 + allowed * abs(exact)
+    both = jax.value_and_grad(lambda u, k: method.log_likelihood(space.chain({"u": u}), k))
+    values, found = jax.jit(lambda k: jax.lax.map(lambda k: both(u, k), k))(jax.random.split(KEY, 60))
+    found = np.asarray(found)
+    assert abs(found.mean() - slope) < 4 * found.std(ddof=1) / 60**0.5 + allowed * abs(slope)
+    # The log of an unbiased estimate is low by half its variance. An average of particles that is weighed as if it were
+    # one of them, where the data of a step come before its move, would be 8 too high.
+    assert exact - 1.5 < np.mean(values) < exact + 0.5
 
 
 # ------------------------------------------------------------------------------------------ what can go wrong
@@ -325,6 +328,7 @@ def test_collapse_is_said():
         pf.infer(nile.local_level, method=LAST, y=data, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:ParticleFilter. the effective sample size")
 def test_few_ancestors_are_said():
     with pytest.warns(UserWarning, match="go back to .* distinct initial particles"):
         pf.infer(nile.local_level, method=pf.ParticleFilter(30, smoother=pf.AncestorTracing()), y=NILE, progress=False)

@@ -17,11 +17,13 @@ class Resampling(eqx.Module):
     """Base of resampling schemes; subclasses are final.
 
     Attributes:
+        averages: whether particles that go on are averages of others, not copies.
         threshold: resampling happens where the effective sample size is below this fraction of the particles; 1: at
             every step, 0: never.
     """
 
     differentiable: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     threshold: eqx.AbstractVar[float]
 
     def __check_init__(self):
@@ -132,6 +134,7 @@ class Transport(Resampling):
     """
 
     differentiable: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
     epsilon: float = 0.3
     iterations: int = 30
     threshold: float = 0.5
