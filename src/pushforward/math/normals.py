@@ -36,6 +36,8 @@ def normals(key: Key, shape: tuple[int, ...], dtype: DTypeLike = float) -> Array
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.float64:
         return jax.random.normal(key, shape, dtype)
     size = math.prod(shape)
+    if size == 0:
+        return jnp.zeros(shape)
     # Without the barriers XLA draws the bits, and evaluates the logarithm, anew for each of their uses.
     first, second = lax.optimization_barrier(tuple(jax.random.bits(key, (2, (size + 1) // 2), jnp.uint64)))
     pair = lax.optimization_barrier(gaussian_pair(first, second))
