@@ -127,13 +127,14 @@ def _full(system: _System, start: tuple[Array, Array], series: tuple[_Input, Arr
     m = series[0].y.shape[1]
 
     def move(carry, item: tuple[_Input, Array | None]):
-        after = _move(*carry, item[0])
-        if item[1] is None:
+        now, counts = item
+        after = counted(carry[0], carry[1], now)
+        if counts is None:
             return after
         blank = (carry, (jnp.zeros_like(after[1][0]), carry[0]))
-        return jax.tree.map(lambda new, old: jnp.where(item[1], new, old), after, blank)
+        return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, blank)
 
-    def _move(mean: Array, cov: Array, now: _Input):
+    def counted(mean: Array, cov: Array, now: _Input):
         predicted = product(system.maps, mean)
         innovation = now.y - now.present * predicted[:m]
         push = predicted[m:] + now.b

@@ -125,11 +125,11 @@ class ParticleSteps(eqx.Module):
             state = self.regularization.spread(random.key, before.state, stage, state, ancestors, joined)
             riders = [r[ancestors] for r in before.riders] if chain.structure.discrete else before.riders
             memory = jax.tree.map(lambda v: v[ancestors], before.memory)
-            if look is not None and self.resampling.averages:
+            spent = stage - before.log_weights
+            if look is not None:
                 # An average has looked with its own eyes, not with those of one of its parts.
-                log_weights = log_weights - self.proposal.look(chain, state, riders, memory, t)
-            elif look is not None:
-                log_weights = log_weights + (before.log_weights - stage)[ancestors]
+                own = self.proposal.look(chain, state, riders, memory, t) if self.resampling.averages else None
+                log_weights = log_weights - (spent[ancestors] if own is None else own)
             return (state, riders, memory), log_weights + (log_total - jnp.log(float(n))), ancestors
 
         def kept() -> tuple[tuple, Array, Array]:
