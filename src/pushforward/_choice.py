@@ -36,7 +36,7 @@ def choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, A
         )
     if states is not None:
         _states.check_given(states, method, problem)
-    elif not isinstance(method, StateMethod) and problem.why_not_continuous:
+    elif method.needs_density and not isinstance(method, StateMethod) and problem.why_not_continuous:
         raise ModelError(f"{problem.why_not_continuous}.")
     misfit = None if isinstance(method, StateMethod) else fits(method, problem)
     if misfit:
@@ -79,4 +79,10 @@ def fits(method: Method, problem: Any) -> str | None:
     """Why a method cannot run on a problem, or None where it can."""
     if not isinstance(problem, method.accepts):
         return f"it works on {method.accepts.__name__}, and the model was read as {type(problem).__name__}"
+    if method.needs_density and problem.structure.without_density:
+        name = min(problem.structure.without_density)
+        return (
+            f"the data '{name}' are a numpyro.deterministic, which has no density. Use a method that learns from "
+            "simulations, such as pf.AmortizedFlow()"
+        )
     return method.why_not(problem)

@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zipfile import BadZipFile
 
 import equinox as eqx
@@ -82,7 +82,13 @@ def read_checkpoint(path: Path, identity: str, like: Any) -> tuple[int, Any]:
 
 
 class Stored(ABC):
-    """Base of what `save` writes beside methods: it says what a file holds, and is made anew from that."""
+    """Base of what `save` writes beside methods: it says what a file holds, and is made anew from that.
+
+    Attributes:
+        needs_model: whether `load` must be given the model, which no file holds.
+    """
+
+    needs_model: ClassVar[bool] = True
 
     @abstractmethod
     def stored(self, arrays: list[np.ndarray]) -> dict[str, Any]:
@@ -91,17 +97,17 @@ class Stored(ABC):
     @classmethod
     @abstractmethod
     def restored(cls, value: dict[str, Any], arrays: list[np.ndarray], model: Any) -> "Stored":
-        """The object from what `stored` gave, with the model, which no file holds."""
+        """The object from what `stored` gave, with the model if it `needs_model`."""
 
 
 def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
-    """Write a method, trained or not, or a stream of `pf.online`, to a file that `load` reads.
+    """Write a method, trained or not, a stream of `pf.online` or a `pf.FlowPrior` to a file that `load` reads.
 
     The file is written beside its place and then renamed, so that a process that is killed leaves the old or the new.
 
     Args:
         path: file to write; its folder is made if need be.
-        method: an instance of one of this library's methods, or a stream.
+        method: an instance of one of this library's methods, a stream, or a flow prior.
 
     Raises:
         ArgumentError: `method` is something else; a result is written with `tree.to_netcdf(path)`.
@@ -122,20 +128,20 @@ def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
     if not isinstance(method, eqx.Module) or not _is_ours(type(method)):
         raise ArgumentError(
             f"pf.save writes methods and streams of pushforward; got {type(method).__name__}. "
-            "A result is written with tree.to_netcdf('result.nc')."
+            "Of distributions it writes a FlowPrior; a result is written with tree.to_netcdf('result.nc')."
         )
     _write(Path(path), {"kind": "method", "value": _encode(method, arrays)}, arrays)
 
 
 def load(path: str | os.PathLike, *, model: Any = None) -> Any:
-    """Read a method or a stream that `save` wrote.
+    """Read a method, a stream or a flow prior that `save` wrote.
 
     Args:
         path: the file.
         model: for a stream, the model that it began with, since functions are never written to files.
 
     Raises:
-        ArgumentError: a stream without its model, or a method with one.
+        ArgumentError: a stream without its model, or anything else with one.
         CheckpointError: the file is missing, damaged, or holds something else; a stream of another model.
     """
     header, arrays = _read(Path(path))
@@ -145,20 +151,29 @@ def load(path: str | os.PathLike, *, model: Any = None) -> Any:
         if model is not None:
             raise ArgumentError(f"{path} holds a method, which needs no model. Write pf.load(path).")
         return _decode(header["value"], arrays)
-    if not callable(model):
+    kind = _stored_class(header.get("class"), path)
+    if kind.needs_model and not callable(model):
         raise ArgumentError(
             f"{path} holds a stream. Write pf.load(path, model=model), with the model that it began with."
         )
+    if not kind.needs_model and model is not None:
+        raise ArgumentError(f"{path} holds a {kind.__name__}, which needs no model. Write pf.load(path).")
     try:
-        module, name = header["class"]
-        kind = getattr(_module(module), name, None)
-        if not (isinstance(kind, type) and issubclass(kind, Stored)):
-            raise CheckpointError(f"the file names {module}.{name}, which this version of pushforward does not have.")
         return kind.restored(header["value"], arrays, model)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged, or was written by another version: {error}") from error
+
+
+def _stored_class(named: Any, path: Any) -> type[Stored]:
+    module, name = named if isinstance(named, list) and len(named) == 2 else (None, None)
+    kind = getattr(_module(str(module)), str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, Stored)):
+        raise CheckpointError(
+            f"{path}: the file names {module}.{name}, which this version of pushforward does not have."
+        )
+    return kind
 
 
 def _is_ours(kind: type) -> bool:

@@ -8,21 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pushforward import _evaluate, _states, filter_diagnostics, parallel, posterior
+from pushforward import _batches, _evaluate, _states, filter_diagnostics, parallel, posterior
 from pushforward._choice import choose
 from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Key, Model
-from pushforward.methods._base import Draws, Method
+from pushforward.methods._base import Draws, Method, content
 from pushforward.methods._pseudo_marginal import OverStates
 from pushforward.methods._state import StateMethod
-from pushforward.model._arguments import split
+from pushforward.methods.amortized_flow import AmortizedFlow
+from pushforward.model._arguments import bound, split
 from pushforward.model._fingerprint import fingerprint, stable_text
 from pushforward.model.inverse import InverseProblem, check_data, diagnose, read_problem, shape_warnings
 
@@ -91,11 +91,16 @@ def infer(
     """
     _check_options(draws, surrogate, throw, progress, predictive)
     mesh, key, label = parallel.check_mesh(mesh), *_typed_key(key)
+    given = bound(model, args, kwargs)
+    observed = observed or getattr(method, "observed", None)
+    if isinstance(method, AmortizedFlow) and _batches.is_batch(method, given):
+        return _batches.infer_batch(method, model, given, key, label, draws, coords, dims)
     problem = read_problem(model, args, kwargs, observed)
     notes = _check_problem(problem, observed)
     labels = posterior.Labels(problem.sites, coords, dims, _argument_names(model, args, kwargs))
     method, states, reason = choose(method, states, problem)
     _states.check_needed(method, states)
+    method.check_call(given)
     path = _checkpoint_path(checkpoint)
     identity = _identity(model, args, kwargs, (method, states), key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
@@ -179,17 +184,10 @@ def _checkpoint_path(checkpoint: Any) -> Path | None:
 def _identity(model: Model, args: tuple, kwargs: dict, methods: tuple, key: Key, draws: int) -> str:
     """A digest of everything that determines the draws."""
     constant = split(args, kwargs, constant=True).static
-    contents = tuple(map(_content, methods))
+    contents = tuple(map(content, methods))
     parts = (fingerprint(model), constant, contents, np.asarray(jax.random.key_data(key)).tolist(), draws)
     text = stable_text(parts) + jnp.result_type(float).name + _version("pushforward")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _content(value: Any) -> Any:
-    """Options of a method and the arrays that it has learned, by content (a repr shows neither all nor exactly)."""
-    if isinstance(value, eqx.Module):
-        return (type(value).__qualname__, *((f.name, _content(getattr(value, f.name))) for f in fields(value)))
-    return fingerprint(value)
 
 
 def _with_khat(found: Draws) -> Draws:
@@ -229,6 +227,12 @@ def _groups(
     parts = {"posterior": values["posterior"], "sample_stats": stats} | {
         name: values[name] for name in ("log_likelihood", "log_prior")
     }
+    if found.sites is not None:
+        parts = {
+            name: {k: v for k, v in parts[name].items() if k in found.sites} for name in ("posterior", "log_prior")
+        }
+        parts["sample_stats"] = found.stats
+        notes.append(f"only {list(found.sites)} were inferred; log_likelihood and lp need all latent sites.")
     groups = {name: posterior.group(part, labels) for name, part in parts.items()}
     if key is not None:
         groups["posterior_predictive"] = _replicated(problem, values["posterior"], labels, runner, key)
@@ -237,7 +241,7 @@ def _groups(
 
 def _replicated(problem: InverseProblem, draws: Any, labels: posterior.Labels, runner: Runner, key: Key) -> Any:
     """The group of data drawn at each draw of the latent sites."""
-    latent = {n: jnp.asarray(np.asarray(draws[n])) for n in problem.structure.slots}
+    latent = {n: jnp.asarray(np.asarray(draws[n])) for n in problem.structure.slots if n in draws}
     shape = jax.tree.leaves(latent)[0].shape[:2]
     flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in latent.items()}
     drawn = runner.call(_evaluate.predictions_at, problem, flat, jax.random.fold_in(key, 1), runner.mesh)
@@ -276,24 +280,15 @@ def _state_groups(
     return found, filter_diagnostics.with_scores(groups, notes)
 
 
-def _bound(model: Model, args: tuple, kwargs: dict) -> dict[str, Any]:
-    import inspect
-
-    try:
-        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return kwargs
-
-
 def _argument_names(model: Model, args: tuple, kwargs: dict) -> list[str]:
-    return list(_bound(model, args, kwargs))
+    return list(bound(model, args, kwargs))
 
 
 def _constants(problem: InverseProblem, model: Model, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
     """Array arguments that are not themselves data, under the names of the model's parameters."""
     given = [np.asarray(v) for v in problem.observed_values().values()]
     found = {}
-    for name, value in _bound(model, args, kwargs).items():
+    for name, value in bound(model, args, kwargs).items():
         if name in problem.sites or not hasattr(value, "shape"):
             continue
         array = np.asarray(value)
@@ -332,7 +327,7 @@ def _outcome(found: Draws) -> Outcome:
 
 
 def _attributes(method: Method, runner: Runner, found: Draws, outcome: Outcome, key: int | list[int]) -> dict[str, Any]:
-    summary = {name: float(value) for name, value in found.summary.items()}
+    summary = {name: np.asarray(value, float).tolist() for name, value in found.summary.items()}
     return {
         "method": type(method).__name__,
         "options": {field.name: _plain(getattr(method, field.name)) for field in fields(method)},

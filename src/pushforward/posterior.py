@@ -101,6 +101,22 @@ def group(variables: Mapping[str, Any], labels: Labels, *, sampled: bool = True)
     return xr.Dataset(data, coords)
 
 
+def group_of_batch(variables: Mapping[str, Any], labels: Labels, *, skip: int) -> Any:
+    """Like `group`, for variables with an axis of data sets after the `skip` axes of chains and draws."""
+    import xarray as xr
+
+    data = {}
+    for name, value in variables.items():
+        array = np.asarray(value)
+        data[name] = ((*_SAMPLE[:skip], "dataset", *labels.names(name, array.shape[skip + 1 :])), array)
+    sizes = {dim: size for dims, array in data.values() for dim, size in zip(dims, array.shape, strict=True)}
+    coords = {}
+    for dim, size in sizes.items():
+        given = labels.coords.get(dim)
+        coords[dim] = given if given is not None and len(given) == size else np.arange(size)
+    return xr.Dataset(data, coords)
+
+
 def series(variables: Mapping[str, Any], labels: Labels) -> Any:
     """A group of numbers about each step: an `xarray.Dataset` of variables with the dim ``time``."""
     import xarray as xr

@@ -1,10 +1,13 @@
 """INFER: one file per method, one class per file."""
 
+from pushforward.methods.amortized_flow import AmortizedFlow
 from pushforward.methods.discrete_hmm import DiscreteHMM
 from pushforward.methods.enkf import EnKF
+from pushforward.methods.flow_vi import FlowVI
 from pushforward.methods.gaussian_vi import GaussianVI
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.laplace import Laplace
+from pushforward.methods.neural_likelihood import NeuralLikelihood
 from pushforward.methods.nuts import NUTS
 from pushforward.methods.particle_filter import ParticleFilter
 from pushforward.methods.particle_gibbs import ParticleGibbs
@@ -21,6 +24,9 @@ NAMES = {
     "laplace": Laplace,
     "gaussian_vi": GaussianVI,
     "pathfinder": Pathfinder,
+    "flow_vi": FlowVI,
+    "amortized_flow": AmortizedFlow,
+    "neural_likelihood": NeuralLikelihood,
     "kalman": Kalman,
     "enkf": EnKF,
     "discrete_hmm": DiscreteHMM,

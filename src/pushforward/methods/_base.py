@@ -6,6 +6,7 @@ of noise ``z`` (or NumPyro's own coordinates) and knows nothing of groups, files
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -16,6 +17,7 @@ import numpy as np
 from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
+from pushforward.model._fingerprint import fingerprint
 from pushforward.model.inverse import InverseProblem
 
 
@@ -32,6 +34,8 @@ class Draws(eqx.Module):
         gradient_evaluations: number of those that also gave a gradient.
         log_weights: log p(z, y) - log q(z) of draws of a proposal q, shape (replicate, draw), from which
             `infer` adds Pareto k-hat to `summary`; None for methods without a proposal.
+        sites: names of the latent sites that were inferred, where the others were integrated out; their entries of
+            `positions` mean nothing.
     """
 
     positions: Any
@@ -41,6 +45,7 @@ class Draws(eqx.Module):
     evaluations: Array
     gradient_evaluations: Array
     log_weights: Array | None = None
+    sites: tuple[str, ...] | None = eqx.field(static=True, default=None)
 
 
 class Method(eqx.Module):
@@ -51,12 +56,14 @@ class Method(eqx.Module):
         returns: "posterior", or what the draws are instead (said in the result's attributes).
         shards: what `mesh=` splits over devices ("chains", "particles", "samples").
         gradients: whether it needs the gradient of the log density.
+        needs_density: whether it needs the density of the data; otherwise it only simulates.
     """
 
     accepts: ClassVar[type] = InverseProblem
     returns: ClassVar[str] = "posterior"
     shards: ClassVar[str] = "draws"
     gradients: ClassVar[bool] = False
+    needs_density: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
@@ -73,6 +80,9 @@ class Method(eqx.Module):
         """Why the method does not fit the problem, or None where it does."""
         return None
 
+    def check_call(self, given: Mapping[str, Any]) -> None:
+        """Refuse arguments of the model that are not those that the method was trained with."""
+
     def failure(self, draws: Draws) -> str | None:
         """What went wrong in a run without a usable result, where the method knows more than `Outcome` says."""
         return None
@@ -80,6 +90,13 @@ class Method(eqx.Module):
     def warnings(self, draws: Draws) -> list[str]:
         """What a careful reader of the diagnostics would point out."""
         return []
+
+
+def content(value: Any) -> Any:
+    """Options of a method and the arrays that it has learned, by content (a repr shows neither all nor exactly)."""
+    if isinstance(value, eqx.Module):
+        return (type(value).__qualname__, *((f.name, content(getattr(value, f.name))) for f in fields(value)))
+    return fingerprint(value)
 
 
 def check_positive(owner: str, **options: Any) -> None:

@@ -116,12 +116,12 @@ class _State(eqx.Module):
 
 
 def _fit(method: GaussianVI, problem: InverseProblem, noise: points.FitNoise, mesh: Mesh | None) -> _Fitted:
-    last = _climb(method, method.covariance, problem, noise, mesh)
+    last = climb(method, method.covariance, problem, noise, mesh)
     summary = {"elbo_fitted": last.elbo, "steps": last.steps - _scouting.STEPS, "gain": last.gain}
     return jax.vmap(last.family.sample)(noise.drawn), summary, last.log_weights
 
 
-def _climb(
+def climb(
     method: GaussianVI, covariance: Covariance, problem: InverseProblem, noise: points.FitNoise, mesh: Mesh | None
 ) -> _State:
     """Fit q on matched points, then evaluate one batch of fresh points per replicate."""
@@ -223,7 +223,7 @@ def _fit_low_rank(
     """The diagonal optimum, then L-BFGS over mean, diagonal and factor in coordinates scaled by it."""
     import optimistix as optx
 
-    scaled = _climb(method, Diagonal(), problem, diagonal, mesh).family
+    scaled = climb(method, Diagonal(), problem, diagonal, mesh).family
     batch = parallel.vmap(lambda x: problem.log_density(scaled.mean + scaled.root * x), mesh)
     offset = jnp.sum(jnp.log(scaled.root))
 

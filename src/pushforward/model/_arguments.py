@@ -81,6 +81,14 @@ def split(args: tuple, kwargs: dict, *, constant: bool = False) -> Arguments:
     return Arguments(arrays, rebuild, static)
 
 
+def bound(model: Model, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call by the names of the model's parameters."""
+    try:
+        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return kwargs
+
+
 def _is_labelled(value: Any) -> bool:
     return hasattr(value, "to_numpy") and hasattr(value, "shape")
 

@@ -63,7 +63,8 @@ class Structure:
     """The static part of a problem, one object per model, argument shapes and contents.
 
     It is compared by identity: the cache returns the same object for equal content, so compiled
-    functions are found again. With `keyed` the last array is a JAX key that the model draws from.
+    functions are found again. With `keyed` the last array is a JAX key that the model draws from. `without_density`
+    names data that are deterministic sites, whose values an argument gives.
     """
 
     model: Model
@@ -73,6 +74,7 @@ class Structure:
     data: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
     passed_through: dict[str, int] | None = None
+    without_density: frozenset[str] = frozenset()
     remembered: dict[Any, Any] = field(default_factory=dict)
     keyed: bool = False
 
@@ -162,10 +164,13 @@ def _fill(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> None:
     structure.data = frozenset(s.name for s in first if s.role == "data")
     structure.fixed = frozenset(s.name for s in first if s.role == "fixed")
     inputs = {id(v): i for i, v in enumerate(jaxpr.jaxpr.invars)}
-    direct = [inputs.get(id(v)) for v in jaxpr.jaxpr.outvars[: len(names)]]
-    known = [index for index in direct if index is not None]
-    if len(known) == len(direct):
-        structure.passed_through = dict(zip(names, known, strict=True))
+    direct = {n: inputs.get(id(v)) for n, v in zip(names, jaxpr.jaxpr.outvars[: len(names)], strict=True)}
+    # A deterministic site is given where an argument is its value; otherwise the model computes it.
+    computed = {n for n in names if not structure.sites[n].distribution and direct[n] is None}
+    structure.without_density = frozenset(n for n in names if not structure.sites[n].distribution) - computed
+    known = {n: index for n, index in direct.items() if index is not None}
+    if len(known) == len(direct.keys() - computed):
+        structure.passed_through = known
 
 
 def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tuple[list[Site], Any, list[str]]:
@@ -192,6 +197,7 @@ def _inspect(structure: Structure, arrays: tuple, named: tuple[str, ...]) -> tup
         if not structure.slots:
             structure.slots = _layout(kept, bodies)
         given = [s["name"] for s in kept if s["type"] == "sample" and s["is_observed"] and not _is_factor(s)]
+        given += [s["name"] for s in kept if s["type"] == "deterministic" and s["name"] in named]
         names.extend(given)
         return [trace[n]["value"] for n in given], [s["value"] for s in kept if s["name"] not in given]
 

@@ -297,6 +297,23 @@ def from_values(slots: Mapping[str, Slot], values: Mapping[str, Array]) -> Assig
     return assign
 
 
+def noise_of(
+    call: Call, slots: Mapping[str, Slot], data: frozenset[str], values: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The noise of sites at given values; the sites on which they depend are at their own, or at noise 0."""
+    zero = from_noise(slots, {n: jnp.zeros(s.shape) for n, s in slots.items()})
+    set_to = from_values(slots, values)
+    assign = with_data(lambda site: set_to(site) if site["name"] in values else zero(site), data)
+    trace = run(call, assign, fill_missing=False)
+    stacked = [n for n in values if slots[n].steps is not None]
+    if stacked:
+        raise ModelError(
+            f"site '{stacked[0]}' belongs to a scan, and the noise of its values is not read in this version. "
+            "Leave simulations= out, and the model itself is simulated."
+        )
+    return {n: coordinates.pull(site_law(trace[n]), trace[n]["value"]) for n in values}
+
+
 def simulating(assign: Assign, data: frozenset[str], key: Array) -> Assign:
     """Like `assign`, with data and every site left open drawn from its distribution."""
 

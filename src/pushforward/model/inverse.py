@@ -87,6 +87,10 @@ class InverseProblem(eqx.Module):
         """The prior map T: values of the latent sites at ``z``."""
         return self.evaluate(z).sites
 
+    def noise_of(self, values: SiteValues) -> dict[str, Array]:
+        """The noise of latent sites at given values, the inverse of the prior map; sites without a value are at 0."""
+        return _trace.noise_of(self._call, self.structure.slots, self.structure.data, values)
+
     def log_prior(self, z: Noise) -> Array:
         """log N(z; 0, I)."""
         return -0.5 * jnp.sum(z**2) - 0.5 * z.size * jnp.log(2 * jnp.pi)
@@ -201,7 +205,8 @@ class GaussianPrediction(eqx.Module):
 def _observed(problem: InverseProblem) -> dict[str, Array]:
     z = jnp.zeros(problem.dimension)
     trace = _trace.run(problem._call, _trace.from_noise(problem.structure.slots, z), fill_missing=False)
-    return {n: s["value"] for n, s in trace.items() if n in problem.structure.data and s.get("is_observed")}
+    names, extra = problem.structure.data, problem.structure.without_density
+    return {n: s["value"] for n, s in trace.items() if n in extra or (n in names and s.get("is_observed"))}
 
 
 def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:

@@ -14,12 +14,22 @@ discrete states `stochastic_volatility`, `nonlinear_growth`, `influenza`, `regim
 >>> from pushforward.problems import nile
 >>> nile.DATA.shape
 (100,)
+
+Four tasks of simulation-based inference, each with ten data sets and exact, independent draws of the posterior of
+`theta` at any data: `two_moons`, `gaussian_linear`, `gaussian_mixture`, `slcp`. `two_moons` has no likelihood, so it is
+a module only and no `problem`.
+
+>>> from pushforward.problems import slcp
+>>> slcp.reference(slcp.observations()[3], n=1000, key=0).shape
+(1000, 5)
 """
 
 from pushforward.problems import (
     air_passengers,
     bod,
     eight_schools,
+    gaussian_linear,
+    gaussian_mixture,
     influenza,
     linear_gaussian,
     linear_state_space,
@@ -30,7 +40,9 @@ from pushforward.problems import (
     nile,
     nonlinear_growth,
     regime_switching,
+    slcp,
     stochastic_volatility,
+    two_moons,
 )
 from pushforward.problems._anchor import Anchor
 from pushforward.problems._problem import Problem
@@ -42,6 +54,8 @@ __all__ = [
     "air_passengers",
     "bod",
     "eight_schools",
+    "gaussian_linear",
+    "gaussian_mixture",
     "influenza",
     "linear_gaussian",
     "linear_state_space",
@@ -53,7 +67,9 @@ __all__ = [
     "nonlinear_growth",
     "problem",
     "regime_switching",
+    "slcp",
     "stochastic_volatility",
+    "two_moons",
 ]
 
 _BUILDERS = {
@@ -63,6 +79,9 @@ _BUILDERS = {
     "bod": lambda: bod.PROBLEM,
     "eight_schools": lambda: eight_schools.PROBLEM,
     "lynx_hare": lambda: lynx_hare.PROBLEM,
+    "gaussian_linear": gaussian_linear.problem,
+    "gaussian_mixture": gaussian_mixture.problem,
+    "slcp": slcp.problem,
 }
 
 NAMES = tuple(_BUILDERS)
