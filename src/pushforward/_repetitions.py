@@ -85,7 +85,7 @@ def prepare(
     if isinstance(draws, bool) or not isinstance(draws, int | np.integer) or draws < 1:
         raise ArgumentError(f"draws= takes a positive integer, the number of draws per chain; got {draws!r}.")
     _check_names(owner, model)
-    problem = read_problem(model, args, kwargs, observed)
+    problem = read_problem(model, args, kwargs, observed or getattr(method, "observed", None))
     name = owner.__name__
     if not problem.structure.data:
         raise DataError(
@@ -101,6 +101,11 @@ def prepare(
         raise MethodError(
             f"{type(method).__name__} is not trained, and would be trained anew for each data set. Train it once, "
             f"method = method.fit(model, ..., observed={tuple(problem.structure.data)}), and pass what fit returns."
+        )
+    if getattr(getattr(method, "trained", None), "local", False):
+        raise MethodError(
+            f"{type(method).__name__} was trained for one data set only (rounds above 1), and {name} runs it on "
+            "others. Train it with rounds=1."
         )
     return Study(method, model, args, kwargs, states, int(draws), problem)
 
@@ -127,7 +132,8 @@ def parameter_names(study: Study, parameters: Any) -> tuple[str, ...]:
     sites = study.problem.sites
     latent = list(study.problem.structure.slots)
     if parameters is None:
-        wanted = latent
+        inferred = getattr(getattr(study.method, "trained", None), "sites", None) or latent
+        wanted = [n for n in latent if n in inferred]
     else:
         wanted = [parameters] if isinstance(parameters, str) else list(parameters)
         known = [*latent, *(n for n, s in sites.items() if s.role == "deterministic")]

@@ -267,7 +267,7 @@ def _few(independent: list[int]) -> list[str]:
     if middle >= _FEW_DRAWS:
         return []
     return [
-        f"half of the data sets have fewer than {middle:.0f} independent draws: ranks are coarse, the tests "
+        f"half of the data sets have {middle:.0f} independent draws or fewer: ranks are coarse, the tests "
         "weak. Give more draws."
     ]
 

@@ -121,9 +121,8 @@ def local_check(
     items, features, notes = _features(simulated, pairs, here, given)
     swapped = rng.integers(0, 2, (_PERMUTATIONS + 1, len(pairs.datasets)))
     swapped[0] = 0
-    found = Runner().call(
-        _statistics, *map(_single, (features, swapped, items)), jax.random.split(keys[4], len(swapped))
-    )
+    arrays = [jnp.asarray(v, jnp.float32) for v in (features, swapped, items)]
+    found = Runner().call(_statistics, *arrays, jax.random.split(keys[4], len(swapped)))
     statistics, probability = map(np.asarray, found)
     p_value = float(np.mean(statistics >= statistics[0]))
     groups = _groups(tree, names, probability.reshape(here.shape[:2]), statistics[1:])
@@ -167,10 +166,6 @@ def _given(problem: Any) -> dict[str, np.ndarray]:
 
 def _values(tree: Any, name: str) -> np.ndarray:
     return tree["posterior"][name].transpose("chain", "draw", ...).to_numpy()
-
-
-def _single(array: Any) -> Array:
-    return jnp.asarray(array, jnp.float32)
 
 
 class _Pairs:

@@ -56,7 +56,7 @@ class ConditionalFlow(Estimator):
         flow: the architecture.
     """
 
-    flow: Flow = Flow("coupling_spline", layers=5, width=64, depth=2)
+    flow: Flow = Flow("coupling_spline", layers=5, width=64, depth=3)
 
     has_density = True
 
@@ -264,7 +264,7 @@ def estimator_option(value: Any) -> Estimator:
     if isinstance(value, str) and value in NAMES:
         return NAMES[value]()
     if isinstance(value, str) and value in CONDITIONAL:
-        return ConditionalFlow(Flow(value, layers=5, width=64, depth=2))
+        return ConditionalFlow(Flow(value, layers=5, width=64, depth=3))
     raise MethodError(
         f"estimator= takes one of {[*CONDITIONAL, *NAMES]}, or an instance such as pf.Flow('autoregressive') or "
         f"pf.FlowMatching(width=64); got {value!r}."

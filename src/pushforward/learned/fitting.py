@@ -47,7 +47,7 @@ class Training(eqx.Module):
 
     epochs: int = 200
     batch_size: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     patience: int = 5
     held_out: float = 0.05
     source: str = "buffer"

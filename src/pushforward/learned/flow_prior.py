@@ -26,9 +26,7 @@ from pushforward.model._maps import inside_support
 
 _PROBE_TOLERANCE = 1e-3
 _QUIET = 0.01
-_SCALAR = {
-    name: "autoregressive_spline" if name.endswith("_spline") else "autoregressive" for name in flows.ARCHITECTURES
-}
+_USABLE = ("coupling", "coupling_spline", "autoregressive", "autoregressive_spline")
 
 
 @_files.Stored.register
@@ -92,8 +90,8 @@ class FlowPrior(dist.TransformedDistribution):
 
         Args:
             samples: array (samples,) for a scalar, (samples, *event shape) else; at least 100, and 10 per dimension.
-            flow: an architecture by name, or `pf.Flow(...)`; not "block_autoregressive", whose sampler is not in
-                closed form.
+            flow: "coupling", "coupling_spline", "autoregressive" or "autoregressive_spline", or `pf.Flow(...)` of one
+                of them. The affine ones take fewer samples, the splines bend more.
             training: how.
             support: where values lie: a constraint of NumPyro, such as `constraints.positive`,
                 `constraints.interval(0, 1)` or `constraints.simplex`. Draws never leave it.
@@ -109,12 +107,11 @@ class FlowPrior(dist.TransformedDistribution):
         """
         flow = _usable(flows.flow_option(flow), training)
         key = _typed(key)
+        if not isinstance(progress, bool):
+            raise ArgumentError(f"progress= takes True or False; got {progress!r}.")
         values = checked(samples)
         free = free_coordinates(values, support)
         shape = free.shape[1:]
-        if math.prod(shape) == 1:
-            # Coupling layers have nothing to couple; one spline after the other is left, by either name.
-            flow = eqx.tree_at(lambda f: f.architecture, flow, _SCALAR[flow.architecture])
         mean, root = standardisation(values, free)
         white = np.linalg.solve(root, (free.reshape(len(free), -1) - mean).T).T
         weights = _trained(jnp.asarray(white, float), flow, training, key, progress)
@@ -277,13 +274,14 @@ class IntoSupport(Transform):
 # ------------------------------------------------------------------------------------------------------------- the maps
 
 
-def _layers(flow: Flow, dimension: int, key: Key) -> flows.Bijection:
-    return flow.build(key, dimension, fast="density")
+def _layers(flow: Flow, dimension: int, key: Key | None = None) -> flows.Bijection:
+    """Layers with random weights; what is not trained, such as permutations, is that of the fixed key."""
+    return flow.build(jax.random.key(0) if key is None else key, dimension, fast="density")
 
 
 def _built(flow: Flow, weights: Array, dimension: int) -> flows.Bijection:
     """T of a vector of all its arrays, built anew in every trace, since FlowJAX's layers close over arrays."""
-    arrays, rest = eqx.partition(_layers(flow, dimension, jax.random.key(0)), eqx.is_array)
+    arrays, rest = eqx.partition(_layers(flow, dimension), eqx.is_array)
     leaves, tree = jax.tree.flatten(arrays)
     cuts = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = jnp.split(weights, cuts)
@@ -318,10 +316,10 @@ def _probe(push: FlowTransform) -> Array:
 
 
 def _usable(flow: Flow, training: Training) -> Flow:
-    if not flow.invertible:
+    if flow.architecture not in _USABLE:
         raise MethodError(
-            f"FlowPrior.fit(flow={flow.architecture!r}) would have no sampler: this architecture has no inverse in "
-            'closed form. Take "coupling_spline" or "autoregressive_spline".'
+            f"FlowPrior.fit(flow=...) takes one of {list(_USABLE)}, whose density and sampler are both in closed form "
+            f"and can be traced; got {flow.architecture!r}."
         )
     if not isinstance(training, Training):
         raise ArgumentError(f"training= takes pf.Training(...); got {type(training).__name__}.")
@@ -375,8 +373,8 @@ def _start(flow: Flow, dimension: int, key: Key) -> Array:
 
 
 def _combined(flow: Flow, dimension: int, weights: Array | None) -> flows.Bijection:
-    """T with trained weights; what is not trained, such as permutations, is that of a fixed key."""
-    bijection = _layers(flow, dimension, jax.random.key(0))
+    """T with trained weights."""
+    bijection = _layers(flow, dimension)
     if weights is None:
         return bijection
     trained, rest = flows.trainable(bijection)

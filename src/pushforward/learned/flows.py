@@ -1,7 +1,7 @@
 """Normalising flows: invertible maps x = T(e) with a known log-determinant. The only file that mentions FlowJAX.
 
-FlowJAX builds the layers; a flow here is the map alone, from standard normal noise e to x, both of shape (d,), which may
-depend on a condition c of shape (k,). Autoregressive layers are fast in one direction: ``fast`` says in which.
+A flow here is the map alone, from standard normal noise e to x, both of shape (d,), which may depend on a condition c of
+shape (k,). Autoregressive layers are fast in one direction: ``fast`` says in which.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,12 @@ import jax.numpy as jnp
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
+from pushforward.learned._layers import Layers
 
 type Bijection = Any
-"""A FlowJAX bijection of shape (d,)."""
+"""`Layers`, or a bijection of FlowJAX, of shape (d,)."""
 
 _LOG_2PI = 1.8378770664093453
-_SPLINE_INTERVAL = 5.0
-"""Splines act on (-5, 5) and are the identity outside."""
 
 ARCHITECTURES = (
     "coupling",
@@ -38,8 +37,8 @@ class Flow(eqx.Module):
     Affine "coupling" (RealNVP: Dinh, Sohl-Dickstein and Bengio 2017) and "autoregressive" layers (Kingma et al. 2016)
     are cheap and miss heavy or light tails; the "_spline" ones (Durkan et al. 2019) bend each coordinate freely on
     (-5, 5). "triangular_spline" alternates triangular matrices and splines; "block_autoregressive" (De Cao, Titov and
-    Aziz 2019) is one flexible network without an inverse in closed form. In one dimension, where coupling layers have
-    nothing to couple, the autoregressive ones are built.
+    Aziz 2019) is one flexible network without an inverse in closed form. In one dimension all layers but the last act on
+    the one coordinate, a coupling layer too.
 
     Args:
         architecture: one of `pushforward.learned.flows.ARCHITECTURES`.
@@ -68,11 +67,6 @@ class Flow(eqx.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise MethodError(f"Flow({name}=...) takes an integer of at least 1; got {value!r}.")
 
-    @property
-    def invertible(self) -> bool:
-        """Whether the inverse is in closed form."""
-        return self.architecture != "block_autoregressive"
-
     def build(self, key: Key, dimension: int, condition: int | None = None, fast: str = "sampling") -> Bijection:
         """A map of R^d to itself with random weights.
 
@@ -83,42 +77,66 @@ class Flow(eqx.Module):
             fast: the direction in which autoregressive layers take one pass: "sampling" (e to x, for reverse KL) or
                 "density" (x to e, for fits to samples).
         """
-        from flowjax import bijections, flows
+        kind, _, spline = self.architecture.partition("_")
+        if kind in ("coupling", "autoregressive"):
+            bins = self.knots + 1 if spline else 0
+            return Layers.build(
+                key, self.layers, kind, dimension, condition or 0, self.width, self.depth, bins, fast
+            )
+        from flowjax import flows
         from flowjax.distributions import Normal
 
-        name = self.architecture
-        if dimension == 1:
-            name = name.replace("coupling", "autoregressive")
         shared: dict[str, Any] = {
             "base_dist": Normal(jnp.zeros(dimension)),
             "flow_layers": self.layers,
             "invert": fast == "density",
             "cond_dim": condition,
         }
-        network: dict[str, Any] = {"nn_width": self.width, "nn_depth": self.depth, "nn_activation": jax.nn.silu}
-        if name.endswith("_spline") and name != "triangular_spline":
-            network["transformer"] = bijections.RationalQuadraticSpline(knots=self.knots, interval=_SPLINE_INTERVAL)
-        builders: dict[str, Callable[[], Any]] = {
-            "coupling": lambda: flows.coupling_flow(key, **shared, **network),
-            "autoregressive": lambda: flows.masked_autoregressive_flow(key, **shared, **network),
-            "triangular_spline": lambda: flows.triangular_spline_flow(key, **shared, knots=self.knots),
-            "block_autoregressive": lambda: flows.block_neural_autoregressive_flow(
-                key, **shared, nn_depth=self.depth, nn_block_dim=max(1, self.width // 4)
-            ),
-        }
-        key_name = name if name == "triangular_spline" else name.removesuffix("_spline")
-        return builders[key_name]().bijection
+        if kind == "triangular":
+            return flows.triangular_spline_flow(key, **shared, knots=self.knots).bijection
+        block = max(1, self.width // 4)
+        return flows.block_neural_autoregressive_flow(
+            key, **shared, nn_depth=self.depth, nn_block_dim=block
+        ).bijection
 
 
-def flow_option(value: Any) -> Flow:
-    """An instance, or the name of an architecture with its defaults."""
-    if isinstance(value, Flow):
+class Given(eqx.Module):
+    """A bijection of FlowJAX that the user made, in place of a `Flow`.
+
+    Attributes:
+        bijection: without a condition, of shape (d,); `transform` takes noise to x.
+    """
+
+    bijection: Any
+
+    def build(self, key: Key, dimension: int, condition: int | None = None, fast: str = "sampling") -> Bijection:
+        """The bijection itself, its weights at the start included."""
+        del key, fast
+        if self.bijection.shape != (dimension,):
+            raise MethodError(
+                f"flow= was given a bijection of shape {self.bijection.shape}, and the model has {dimension} latent "
+                f"numbers. Give one of shape ({dimension},)."
+            )
+        if condition is not None or self.bijection.cond_shape is not None:
+            raise MethodError("flow= takes a bijection without a condition; its cond_shape must be None.")
+        return self.bijection
+
+
+def flow_option(value: Any) -> Flow | Given:
+    """A `Flow`, the name of an architecture with its defaults, or a bijection of FlowJAX."""
+    if isinstance(value, Flow | Given):
         return value
     if isinstance(value, str) and value in ARCHITECTURES:
         return Flow(value)
+    if isinstance(value, eqx.Module) and type(value).__module__.startswith("flowjax."):
+        if hasattr(value, "transform_and_log_det"):
+            return Given(value)
+        raise MethodError(
+            f"flow= takes the bijection of a FlowJAX distribution, flow.bijection; got {type(value).__name__}."
+        )
     raise MethodError(
-        f"flow= takes one of {list(ARCHITECTURES)} or an instance such as pf.Flow('coupling_spline', layers=6); "
-        f"got {value!r}."
+        f"flow= takes one of {list(ARCHITECTURES)}, an instance such as pf.Flow('coupling_spline', layers=6), or a "
+        f"bijection of FlowJAX; got {value!r}."
     )
 
 
@@ -149,17 +167,34 @@ def log_density(bijection: Bijection, x: Array, condition: Array | None = None) 
     return -0.5 * jnp.sum(e**2) - 0.5 * e.size * _LOG_2PI + log_det
 
 
+def path(bijection: Bijection, e: Array) -> tuple[Array, Array, Array]:
+    """x = T(e), the slope of log q at x and log|det T'(e)|; only x depends on the weights for derivatives.
+
+    The slope is what the path derivative of the ELBO needs ("sticking the landing": Roeder, Wu and Duvenaud 2017). It
+    solves T'(e)^t slope = d/de (log N(e) - log|det T'(e)|), so that no inverse of T is evaluated.
+    """
+    if isinstance(bijection, Layers) and bijection.kind == "coupling":
+        return bijection.path(e)
+    arrays, rest = eqx.partition(bijection, eqx.is_inexact_array)
+    frozen = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    at = jax.lax.stop_gradient(e)
+    slope = jax.grad(lambda v: -0.5 * jnp.sum(v**2) - transform(frozen, v)[1])(at)
+    jacobian = jax.jacfwd(lambda v: transform(frozen, v)[0])(at)
+    x, log_det = transform(bijection, e)
+    return x, jnp.linalg.solve(jacobian.T, slope), jax.lax.stop_gradient(log_det)
+
+
 class Transport(eqx.Module):
     """A trained map z = mean + root T(e), with what is needed to write it to a file and to build it again.
 
     Attributes:
         flow: the architecture.
-        weights: arrays of T, in the order of its tree.
+        weights: arrays of T that were trained, in the order of its tree.
         mean: (d,).
         root: any root (d, d) of the covariance, or standard deviations (d,).
     """
 
-    flow: Flow
+    flow: Flow | Given
     weights: list[Array]
     mean: Array
     root: Array
@@ -173,8 +208,8 @@ class Transport(eqx.Module):
     def bijection(self) -> Bijection:
         """T."""
         # Built anew in every trace, since FlowJAX's layers close over arrays; what the weights replace is not computed.
-        arrays, rest = eqx.partition(self.flow.build(jax.random.key(0), self.dimension), eqx.is_array)
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), self.weights), rest)
+        changing, rest = trainable(self.flow.build(jax.random.key(0), self.dimension))
+        return eqx.combine(jax.tree.unflatten(jax.tree.structure(changing), self.weights), rest)
 
     def push(self, e: Array) -> tuple[Array, Array]:
         """z and log|det dz/de| at noise e (d,)."""

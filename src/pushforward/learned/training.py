@@ -12,8 +12,8 @@ from pushforward._types import Array, Key
 _CLIP = 10.0
 _DECAY, _DECAYS = 0.3, 3
 
-type Loss = Callable[[Any, Key, Array], Array]
-"""(weights, key, number of the step) -> loss."""
+type Loss = Callable[[Any, Key, Array], tuple[Array, Array]]
+"""(weights, key, number of the step) -> a number whose slope is followed, and the loss, whose slope is not needed."""
 
 
 class Training(eqx.Module):
@@ -85,7 +85,7 @@ class Trainer(eqx.Module):
             return (s.step < stop) & ~s.done
 
         def step(s: Training) -> Training:
-            value, slopes = jax.value_and_grad(loss)(s.weights, jax.random.fold_in(key, s.step), s.step)
+            slopes, value = jax.grad(loss, has_aux=True)(s.weights, jax.random.fold_in(key, s.step), s.step)
             return self._judged(self._moved(s, slopes, value), value)
 
         return jax.lax.while_loop(going, step, state)

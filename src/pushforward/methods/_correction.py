@@ -8,7 +8,7 @@ from pushforward._types import Array, Key
 from pushforward.math import resampling
 
 
-def smoothed(proposals: Array, log_weights: np.ndarray, draws: int, key: Key) -> tuple[Array, dict[str, float]]:
+def smoothed(proposals: Array, log_weights: Array, draws: int, key: Key) -> tuple[Array, dict[str, Array]]:
     """Draws resampled by Pareto smoothed importance weights (Vehtari, Simpson, Gelman, Yao and Gabry 2024).
 
     Args:
@@ -20,18 +20,17 @@ def smoothed(proposals: Array, log_weights: np.ndarray, draws: int, key: Key) ->
     Returns:
         Draws (draw, d) in random order, and their effective sample size before resampling.
     """
-    from arviz_stats.base import array_stats
+    from blackjax.diagnostics import psis_weights
 
     flat = jnp.reshape(proposals, (-1, proposals.shape[-1]))
-    # psislw takes minus the log ratio, as for leave-one-out weights, and gives log weights.
-    weights = jnp.asarray(array_stats.psislw(-np.asarray(log_weights, float).ravel())[0])
+    weights, _ = psis_weights(jnp.ravel(log_weights))
     first, second = jax.random.split(key)
     chosen = jax.random.permutation(second, resampling.systematic(first, weights, draws))
     normal = jnp.exp(weights - jnp.max(weights))
-    return flat[chosen], {"importance_ess": float(jnp.sum(normal) ** 2 / jnp.sum(normal**2))}
+    return flat[chosen], {"importance_ess": jnp.sum(normal) ** 2 / jnp.sum(normal**2)}
 
 
-def independence(proposals: Array, log_weights: np.ndarray, draws: int, key: Key) -> tuple[Array, dict[str, float]]:
+def independence(proposals: Array, log_weights: Array, draws: int, key: Key) -> tuple[Array, dict[str, Array]]:
     """Draws of an independence Metropolis chain that goes through all proposals (Tierney 1994, section 2.3).
 
     The chain starts at a proposal chosen by its weight; every (proposals / draws)-th state is kept.
@@ -45,7 +44,7 @@ def independence(proposals: Array, log_weights: np.ndarray, draws: int, key: Key
     Returns:
         Draws (draw, d), and the mean acceptance.
     """
-    flat, weights = jnp.reshape(proposals, (-1, proposals.shape[-1])), jnp.ravel(jnp.asarray(log_weights))
+    flat, weights = jnp.reshape(proposals, (-1, proposals.shape[-1])), jnp.ravel(log_weights)
     first, second = jax.random.split(key)
     uniforms = jax.random.uniform(second, weights.shape)
 
@@ -58,4 +57,4 @@ def independence(proposals: Array, log_weights: np.ndarray, draws: int, key: Key
     begin = jax.random.categorical(first, weights)
     _, (path, accepted) = jax.lax.scan(step, begin, (jnp.arange(len(weights)), uniforms))
     kept = np.linspace(0, len(weights) - 1, draws).round().astype(int)
-    return flat[path[kept]], {"acceptance_rate": float(jnp.mean(accepted))}
+    return flat[path[kept]], {"acceptance_rate": jnp.mean(accepted)}

@@ -76,7 +76,7 @@ def check_sites(owner: str, problem: InverseProblem, sites: tuple[str, ...] | No
     if len(chosen) == len(slots):
         return chosen
     found = _flow.data_flow(
-        lambda **pieces: {n: v for n, v in problem.evaluate(pieces).sites.items() if n in chosen},  # type: ignore[reportArgumentType]
+        lambda **pieces: {n: v for n, v in problem.constrain(pieces).items() if n in chosen},
         {n: jnp.zeros(s.shape) for n, s in slots.items()},
     )
     for name, sources in found.items():
@@ -154,7 +154,8 @@ def _pairs(
         expected = tuple(problem.sites[name].shape)
         if value.shape[1:] != expected or len(set(lengths.values())) != 1:
             raise DataError(
-                f"simulations['{name}'] has shape {value.shape}; expected {('n', *expected)} with one n for all sites  (leading axes: { {n: v[0] if v else None for n, v in lengths.items()} })."
+                f"simulations['{name}'] has shape {value.shape}; expected {('n', *expected)} with one n "
+                f"for all sites. Their first axes are {[v.shape[:1] for v in arrays.values()]}."
             )
     return runner.call(_coordinates, problem, shape, sites, arrays)
 

@@ -1,6 +1,8 @@
 """A model as a function of its data, and whether data can be simulated from it."""
 
+import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +25,11 @@ def with_data(model: Model) -> Model:
     def conditioned(data: Mapping[str, Array], /, *args: Any, **kwargs: Any) -> Any:
         return handlers.condition(_Deterministics(model, data), data=data)(*args, **kwargs)
 
+    # Arguments keep their names, by which errors and trained methods know them.
+    with suppress(TypeError, ValueError):
+        own = list(inspect.signature(model).parameters.values())
+        first = inspect.Parameter("data_of_sites", inspect.Parameter.POSITIONAL_ONLY)
+        conditioned.__signature__ = inspect.Signature([first, *own])  # type: ignore[reportFunctionMemberAccess]
     return conditioned
 
 

@@ -83,9 +83,10 @@ class InverseProblem(eqx.Module):
         """The same at given values of the latent sites."""
         return self._evaluate(_trace.from_values(self.structure.slots, values))
 
-    def constrain(self, z: Noise) -> dict[str, Array]:
-        """The prior map T: values of the latent sites at ``z``."""
-        return self.evaluate(z).sites
+    def constrain(self, z: Noise | SiteValues) -> dict[str, Array]:
+        """The prior map T: values of the latent sites at ``z``; data need not be given."""
+        trace = self._with_laws(z)
+        return {name: trace[name]["value"] for name in self.structure.slots}
 
     def noise_of(self, values: SiteValues) -> dict[str, Array]:
         """The noise of latent sites at given values, the inverse of the prior map; sites without a value are at 0."""
