@@ -23,8 +23,11 @@ CHEAP = {
     "enkf": pf.EnKF(1000, pf.Perturbed()),
 }
 
-# Methods that the contract's problem, a state that never moves, is not for; their own tests hold them to exact answers.
-ELSEWHERE = {"particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2"}
+# Methods that the contract's problem, a state that never moves, is not for, or that would train a network for each of its
+# checks; their own tests hold them to exact answers, and `test_amortized.py` to the contract in the full run.
+ELSEWHERE = {
+    "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2", "amortized_flow", "neural_likelihood",
+}  # fmt: skip
 
 
 def test_every_method_is_checked():

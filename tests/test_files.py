@@ -143,6 +143,8 @@ CHANGED = {
     "laplace": pf.Laplace(curvature="gauss_newton", tolerance=1e-3),
     "gaussian_vi": pf.GaussianVI(covariance=pf.LowRank(3)),
     "pathfinder": pf.Pathfinder(),
+    "amortized_flow": pf.AmortizedFlow("energy", embedding=pf.Sets(varying=True), sites=("a",)),
+    "neural_likelihood": pf.NeuralLikelihood(pf.Flow("coupling", layers=2), sampler=pf.TemperedSMC(particles=50)),
     "kalman": pf.Kalman(pf.Unscented(alpha=0.5), inflation=1.1),
     "enkf": pf.EnKF(20, pf.LETKF(3.0), inflation=pf.RTPS(0.4), rotate=True, smoother=pf.EnKS(lag=None)),
     "particle_filter": pf.ParticleFilter(

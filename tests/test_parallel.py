@@ -27,6 +27,9 @@ SHORT = {
     "laplace": "pf.Laplace()",
     "gaussian_vi": "pf.GaussianVI(samples=64)",
     "pathfinder": "pf.Pathfinder()",
+    "amortized_flow": "pf.AmortizedFlow(pf.PointEstimate(8, 1), simulations=200, training=pf.Training(epochs=2))",
+    "neural_likelihood": "pf.NeuralLikelihood('coupling', simulations=200, training=pf.Training(epochs=1), "
+    "sampler=pf.Laplace())",
 }
 
 SCRIPT = """

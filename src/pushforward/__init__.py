@@ -2,13 +2,16 @@
 
 from pushforward._files import load, save
 from pushforward._infer import infer
+from pushforward.calibration import calibrate
 from pushforward.compare import compare, plot_compare
 from pushforward.describe import describe
 from pushforward.forecasting import forecast
 from pushforward.learned.embeddings import Image, Series, Sets, Vector
 from pushforward.learned.estimators import EnergyMap, FlowMatching, PointEstimate
 from pushforward.learned.fitting import Training
+from pushforward.learned.flow_prior import FlowPrior
 from pushforward.learned.flows import Flow
+from pushforward.local_calibration import local_check
 from pushforward.methods import (
     NUTS,
     PMMH,
@@ -64,6 +67,7 @@ from pushforward.methods._particle_parts import (
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.online import online
+from pushforward.plot_calibration import plot_calibration
 from pushforward.plot_diagnostics import plot_diagnostics
 from pushforward.plots import plot_filter
 from pushforward.posterior import attributes
@@ -97,6 +101,7 @@ __all__ = [
     "FiniteSize",
     "Flow",
     "FlowMatching",
+    "FlowPrior",
     "FlowVI",
     "Full",
     "GaussianVI",
@@ -138,12 +143,15 @@ __all__ = [
     "Vector",
     "add_log_likelihood",
     "attributes",
+    "calibrate",
     "compare",
     "describe",
     "forecast",
     "infer",
     "load",
+    "local_check",
     "online",
+    "plot_calibration",
     "plot_compare",
     "plot_diagnostics",
     "plot_filter",

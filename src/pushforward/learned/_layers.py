@@ -5,7 +5,7 @@ from a network of the coordinates that the layer sees before i, and of the condi
 places. FlowJAX's layers of the same names are more general; they take three times as long to compile.
 """
 
-from collections.abc import Callable
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pushforward._types import Array, Key
-from pushforward.math.splines import spline, spline_inverse
+from pushforward.math.splines import positive, spline, spline_inverse
 
 _BOUND = 5.0
 """Splines act on (-5, 5) and are the identity outside."""
 _LEAST = 1e-2
-_UNIT = float(np.log(np.expm1(1.0 - _LEAST)))
+"""Least scale."""
 
 
 class Layers(eqx.Module):
@@ -126,7 +126,7 @@ class Layers(eqx.Module):
         last = len(ranks) - 2
         return [
             (b[:, None] > a if i == last else b[:, None] >= a)
-            for i, (a, b) in enumerate(zip(ranks[:-1], ranks[1:], strict=True))
+            for i, (a, b) in enumerate(pairwise(ranks))
         ]
 
     def _orders(self, undo: bool = False) -> Array | None:
@@ -190,13 +190,12 @@ class Layers(eqx.Module):
 
 def _moved(x: Array, numbers: Array, bins: int, backwards: bool) -> tuple[Array, Array]:
     """y_i = s_i f_i(x_i) + m_i, or back, and the log slope of each coordinate."""
-    shift, scale = numbers[:, 0], jax.nn.softplus(numbers[:, 1] + _UNIT) + _LEAST
-    bend: Callable = (spline_inverse if backwards else spline) if bins else (lambda x, *_: (x, jnp.zeros_like(x)))
+    shift, scale = numbers[:, 0], positive(numbers[:, 1], _LEAST)
     if backwards:
-        y, log_slopes = bend((x - shift) / scale, numbers[:, 2:], _BOUND)
-        return y, log_slopes - jnp.log(scale)
-    y, log_slopes = bend(x, numbers[:, 2:], _BOUND)
-    return y * scale + shift, log_slopes + jnp.log(scale)
+        x = (x - shift) / scale
+    y, slope = (spline_inverse if backwards else spline)(x, numbers[:, 2:], _BOUND) if bins else (x, 1.0)
+    log_slope = jnp.log(slope * scale)
+    return (y, -log_slope) if backwards else (y * scale + shift, log_slope)
 
 
 def _placed(x: Array, order: Array | None) -> Array:

@@ -58,17 +58,16 @@ def free_coordinates(values: np.ndarray, support: Any) -> np.ndarray:
     """The inverse image of samples under NumPyro's bijection to the support, (samples, *shape).
 
     Raises:
-        MethodError: no bijection to the support, or one that no file can hold.
         DataError: samples outside the support, or on its edge.
     """
-    described(support)
     if support.event_dim > values.ndim - 1:
         raise DataError(
             f"support= {support} is of values with {support.event_dim} dimensions; one of the samples has the shape "
             f"{values.shape[1:]}."
         )
     rounded = np.asarray(jnp.asarray(values))
-    outside = ~np.broadcast_to(_whole_events(np.asarray(support(rounded)), support, values), values.shape)
+    inside = np.asarray(support(rounded))
+    outside = ~np.broadcast_to(inside.reshape(inside.shape + (1,) * support.event_dim), values.shape)
     if outside.any():
         raise DataError(
             f"{_events(outside)} of {len(values)} samples lie outside the support {support}, the first value is "
@@ -142,7 +141,7 @@ def described(support: Any) -> dict[str, Any]:
         if name:
             found = {"name": name}
         elif kind:
-            found = {"name": kind, "bounds": [_plain(b) for b in _bounds(support)]}
+            found = {"name": kind, "bounds": [np.asarray(b).tolist() for b in _bounds(support)]}
     try:
         known = found is not None and biject_to(support) is not None
     except NotImplementedError:
@@ -162,21 +161,13 @@ def named(value: dict[str, Any]) -> Any:
     found = vars(constraints).get(value["name"])
     if found is None:
         raise CheckpointError(f"the file names the support {value['name']!r}, which this version of NumPyro lacks.")
-    return found(*value["bounds"]) if "bounds" in value else found
+    # Bounds in NumPy, whose arrays NumPyro compares by content.
+    bounds = [np.asarray(b) if isinstance(b, list) else b for b in value.get("bounds", ())]
+    return found(*bounds) if bounds else found
 
 
 def _bounds(support: Any) -> list[Any]:
     return [getattr(support, n) for n in ("lower_bound", "upper_bound") if hasattr(support, n)]
-
-
-def _plain(bound: Any) -> Any:
-    return bound if isinstance(bound, bool | int | float) else np.asarray(bound)
-
-
-def _whole_events(inside: np.ndarray, support: Any, values: np.ndarray) -> np.ndarray:
-    """A truth value of each event, with the axes of an event to broadcast over."""
-    del values
-    return inside.reshape(inside.shape + (1,) * support.event_dim)
 
 
 def _events(marked: np.ndarray) -> int:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
@@ -25,7 +24,6 @@ from pushforward.learned.flows import Flow
 from pushforward.model._maps import inside_support
 
 _PROBE_TOLERANCE = 1e-3
-_QUIET = 0.01
 _USABLE = ("coupling", "coupling_spline", "autoregressive", "autoregressive_spline")
 
 
@@ -109,6 +107,7 @@ class FlowPrior(dist.TransformedDistribution):
         key = _typed(key)
         if not isinstance(progress, bool):
             raise ArgumentError(f"progress= takes True or False; got {progress!r}.")
+        support = named(described(support))
         values = checked(samples)
         free = free_coordinates(values, support)
         shape = free.shape[1:]
@@ -125,8 +124,8 @@ class FlowPrior(dist.TransformedDistribution):
     @classmethod
     def tree_unflatten(cls, aux_data: tuple, params: tuple) -> "FlowPrior":
         """See `tree_flatten`."""
-        flow, shape, support = aux_data
-        return cls(flow, *params, shape, support, validate_args=False)
+        (flow, shape, support), (weights, mean, root) = aux_data, params
+        return cls(flow, weights, mean, root, shape, support, validate_args=False)
 
     needs_model = False
     """Of `pf.load`."""
@@ -134,7 +133,7 @@ class FlowPrior(dist.TransformedDistribution):
     def stored(self, arrays: list[np.ndarray]) -> dict[str, Any]:
         """See `pushforward._files.Stored`."""
         push, into = self.transforms
-        # Weights mean nothing to another version of FlowJAX whose layers differ: two values tell.
+        # Weights mean nothing to a later version whose layers differ: two values tell.
         parts = (push.flow, push.weights, push.mean, push.root, push.shape, push(_probe(push)))
         names = ("flow", "weights", "mean", "root", "shape", "probe")
         found = {n: _files._encode(part, arrays) for n, part in zip(names, parts, strict=True)}
@@ -147,16 +146,16 @@ class FlowPrior(dist.TransformedDistribution):
         support = named(parts["support"])
         prior = cls(parts["flow"], parts["weights"], parts["mean"], parts["root"], parts["shape"], support)
         push = prior.transforms[0]
-        size = jax.eval_shape(functools.partial(_whole, push.flow, push.dimension), None).size
-        if push.weights.shape != (size,):
+        built = jax.eval_shape(functools.partial(_start, push.flow, push.dimension), jax.random.key(0)).shape
+        if push.weights.shape != built:
             raise CheckpointError(
-                f"the flow has {push.weights.size} weights, and this version of FlowJAX builds it with {size}. "
+                f"the flow has weights of shape {push.weights.shape}, and this version of pushforward builds {built}. "
                 "Fit it again: pf.FlowPrior.fit(samples)."
             )
         scale = jnp.sqrt(jnp.sum(push.root**2, axis=1)).reshape(push.shape)
         if not jnp.all(jnp.abs(push(_probe(push)) - parts["probe"]) < _PROBE_TOLERANCE * scale):
             raise CheckpointError(
-                "the weights give another map than when they were written: this version of FlowJAX builds other "
+                "the weights give another map than when they were written: this version of pushforward builds other "
                 "layers. Fit it again: pf.FlowPrior.fit(samples)."
             )
         return prior
@@ -167,7 +166,7 @@ class FlowTransform(Transform):
 
     Attributes:
         flow: the architecture of T.
-        weights: all arrays of T, one vector (weights,); leading axes are a batch of maps.
+        weights: of T, (layers, numbers of a layer); leading axes are a batch of maps.
         mean: m, (d,).
         root: L, lower triangular (d, d).
         shape: shape of the result, of d elements.
@@ -207,7 +206,7 @@ class FlowTransform(Transform):
         return -_backward(self.flow, self.weights, self.mean, self.root, self._flat(y))[1]
 
     def _flat(self, y: Array) -> Array:
-        return jnp.reshape(y, jnp.shape(y)[: jnp.ndim(y) - len(self.shape)] + (self.dimension,))
+        return jnp.reshape(y, self.inverse_shape(jnp.shape(y)))
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the value of noise of shape (..., d)."""
@@ -274,37 +273,27 @@ class IntoSupport(Transform):
 # ------------------------------------------------------------------------------------------------------------- the maps
 
 
-def _layers(flow: Flow, dimension: int, key: Key | None = None) -> flows.Bijection:
-    """Layers with random weights; what is not trained, such as permutations, is that of the fixed key."""
-    return flow.build(jax.random.key(0) if key is None else key, dimension, fast="density")
-
-
-def _built(flow: Flow, weights: Array, dimension: int) -> flows.Bijection:
-    """T of a vector of all its arrays, built anew in every trace, since FlowJAX's layers close over arrays."""
-    arrays, rest = eqx.partition(_layers(flow, dimension), eqx.is_array)
-    leaves, tree = jax.tree.flatten(arrays)
-    cuts = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(weights, cuts)
-    found = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    return eqx.combine(jax.tree.unflatten(tree, found), rest)
+def _layers(flow: Flow, dimension: int, weights: Array) -> flows.Bijection:
+    """T with given weights; building it costs nothing in a trace, since what the weights replace is not computed."""
+    return eqx.tree_at(lambda t: t.weights, flow.build(jax.random.key(0), dimension, fast="density"), weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(flow: Flow, weights: Array, mean: Array, root: Array, e: Array) -> Array:
     def one(weights: Array, mean: Array, root: Array, e: Array) -> Array:
-        return mean + root @ flows.transform(_built(flow, weights, e.shape[0]), e)[0]
+        return mean + root @ flows.transform(_layers(flow, e.shape[0], weights), e)[0]
 
-    return jnp.vectorize(one, signature="(p),(d),(d,d),(d)->(d)")(weights, mean, root, e)
+    return jnp.vectorize(one, signature="(l,p),(d),(d,d),(d)->(d)")(weights, mean, root, e)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(flow: Flow, weights: Array, mean: Array, root: Array, u: Array) -> tuple[Array, Array]:
     def one(weights: Array, mean: Array, root: Array, u: Array) -> tuple[Array, Array]:
         white = solve_triangular(root, u - mean, lower=True)
-        e, log_det = flows.inverse(_built(flow, weights, u.shape[0]), white)
+        e, log_det = flows.inverse(_layers(flow, u.shape[0], weights), white)
         return e, log_det - jnp.sum(jnp.log(jnp.diag(root)))
 
-    return jnp.vectorize(one, signature="(p),(d),(d,d),(d)->(d),()")(weights, mean, root, u)
+    return jnp.vectorize(one, signature="(l,p),(d),(d,d),(d)->(d),()")(weights, mean, root, u)
 
 
 def _probe(push: FlowTransform) -> Array:
@@ -315,11 +304,11 @@ def _probe(push: FlowTransform) -> Array:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _usable(flow: Flow, training: Training) -> Flow:
-    if flow.architecture not in _USABLE:
+def _usable(flow: Any, training: Training) -> Flow:
+    if not isinstance(flow, Flow) or flow.architecture not in _USABLE:
         raise MethodError(
             f"FlowPrior.fit(flow=...) takes one of {list(_USABLE)}, whose density and sampler are both in closed form "
-            f"and can be traced; got {flow.architecture!r}."
+            f"and can be traced; got {flow!r}."
         )
     if not isinstance(training, Training):
         raise ArgumentError(f"training= takes pf.Training(...); got {type(training).__name__}.")
@@ -345,50 +334,26 @@ def _trained(white: Array, flow: Flow, training: Training, key: Key, progress: b
     runner = Runner(progress=progress, label="FlowPrior")
     rows = jax.random.permutation(split, white)
     held = max(1, round(training.held_out * len(rows)))
-    start = runner.call(_start, flow, white.shape[1], first)
-    found = fit(_loss, start, rows[held:], rows[:held], training, steps, runner, (flow, white.shape[1]))
+    dimension = white.shape[1]
+    start = runner.call(_start, flow, dimension, first)
+    static = (flow, dimension, start.shape)
+    found = fit(_loss, start.reshape(-1), rows[held:], rows[:held], training, steps, runner, static)
     if not jnp.isfinite(found.lowest):
         raise InferenceError(
             "FlowPrior.fit reached no finite density of the samples held out. Lower the learning rate, "
             "pf.Training(learning_rate=5e-4), or look for samples far outside the others.",
             Outcome.NONFINITE,
         )
-    return runner.call(_whole, flow, white.shape[1], found.best)
+    return found.best.reshape(start.shape)
 
 
 def _start(flow: Flow, dimension: int, key: Key) -> Array:
-    """Random weights to train, one vector: those of a map near the identity, since the samples are standardised."""
-
-    def is_network(part: Any) -> bool:
-        return isinstance(part, eqx.nn.MLP)
-
-    def quiet(part: Any) -> Any:
-        if not is_network(part):
-            return part
-        last = jax.tree.map(lambda x: _QUIET * x if eqx.is_inexact_array(x) else x, part.layers[-1])
-        return eqx.tree_at(lambda network: network.layers[-1], part, last)
-
-    bijection = jax.tree.map(quiet, _layers(flow, dimension, key), is_leaf=is_network)
-    return ravel_pytree(flows.trainable(bijection)[0])[0]
+    """Weights of a random map that is the identity but for the places of the coordinates, as samples are standard."""
+    return flow.build(key, dimension, fast="density").weights
 
 
-def _combined(flow: Flow, dimension: int, weights: Array | None) -> flows.Bijection:
-    """T with trained weights."""
-    bijection = _layers(flow, dimension)
-    if weights is None:
-        return bijection
-    trained, rest = flows.trainable(bijection)
-    return eqx.combine(ravel_pytree(trained)[1](weights), rest)
-
-
-def _loss(flow: Flow, dimension: int, weights: Array, batch: Array, key: Key) -> Array:
+def _loss(flow: Flow, dimension: int, shape: tuple[int, int], weights: Array, batch: Array, key: Key) -> Array:
     """-log density of each standardised sample."""
     del key
-    bijection = _combined(flow, dimension, weights)
+    bijection = _layers(flow, dimension, weights.reshape(shape))
     return jax.vmap(lambda row: -flows.log_density(bijection, row))(batch)
-
-
-def _whole(flow: Flow, dimension: int, weights: Array | None) -> Array:
-    """All arrays of T, one vector: weights, permutations and masks, so that a file holds the map."""
-    arrays = jax.tree.leaves(eqx.filter(_combined(flow, dimension, weights), eqx.is_array))
-    return jnp.concatenate([jnp.ravel(a).astype(float) for a in arrays])

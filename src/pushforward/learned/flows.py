@@ -4,12 +4,12 @@ A flow here is the map alone, from standard normal noise e to x, both of shape (
 shape (k,). Autoregressive layers are fast in one direction: ``fast`` says in which.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
@@ -184,18 +184,31 @@ def path(bijection: Bijection, e: Array) -> tuple[Array, Array, Array]:
     return x, jnp.linalg.solve(jacobian.T, slope), jax.lax.stop_gradient(log_det)
 
 
+def weights_of(bijection: Bijection) -> Array:
+    """The weights that are trained, as one vector (p,)."""
+    return ravel_pytree(trainable(bijection)[0])[0]
+
+
+def with_weights(flow: Flow | Given, dimension: int, weights: Array) -> Bijection:
+    """T with given weights (p,)."""
+    # Built anew in every trace, since FlowJAX's layers close over arrays. What is not trained, such as permutations, is
+    # that of a fixed key; what the weights replace is never computed.
+    changing, rest = trainable(flow.build(jax.random.key(0), dimension))
+    return eqx.combine(ravel_pytree(changing)[1](weights), rest)
+
+
 class Transport(eqx.Module):
     """A trained map z = mean + root T(e), with what is needed to write it to a file and to build it again.
 
     Attributes:
         flow: the architecture.
-        weights: arrays of T that were trained, in the order of its tree.
+        weights: of T, (p,).
         mean: (d,).
-        root: any root (d, d) of the covariance, or standard deviations (d,).
+        root: any root (d, d) of a covariance, or standard deviations (d,).
     """
 
     flow: Flow | Given
-    weights: list[Array]
+    weights: Array
     mean: Array
     root: Array
 
@@ -204,16 +217,9 @@ class Transport(eqx.Module):
         """Length d of z."""
         return self.mean.shape[0]
 
-    @property
-    def bijection(self) -> Bijection:
-        """T."""
-        # Built anew in every trace, since FlowJAX's layers close over arrays; what the weights replace is not computed.
-        changing, rest = trainable(self.flow.build(jax.random.key(0), self.dimension))
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(changing), self.weights), rest)
-
     def push(self, e: Array) -> tuple[Array, Array]:
         """z and log|det dz/de| at noise e (d,)."""
-        x, log_det = transform(self.bijection, e)
+        x, log_det = transform(with_weights(self.flow, self.dimension, self.weights), e)
         return affine(self.mean, self.root, x), log_det + log_scale(self.root)
 
 

@@ -1,127 +1,96 @@
-"""The one training loop: Adam on a stochastic loss, a learning rate that falls when the loss does not, and an end."""
+"""What trains `FlowVI`: Adam in windows of steps, at a constant rate until it brings nothing more, then ever slower."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pushforward._types import Array, Key
+from pushforward._types import Array
 
+WINDOW = 50
+"""Steps between two decisions."""
 _CLIP = 10.0
-_DECAY, _DECAYS = 0.3, 3
-
-type Loss = Callable[[Any, Key, Array], tuple[Array, Array]]
-"""(weights, key, number of the step) -> a number whose slope is followed, and the loss, whose slope is not needed."""
+_FIRST, _SECOND, _SMALL = 0.9, 0.999, 1e-8
 
 
-class Training(eqx.Module):
-    """Where a training stands.
+class Adam(eqx.Module):
+    """Weights and the moments of their slopes (Kingma and Ba 2015), all of shape (p,).
 
     Attributes:
         weights: what is trained.
-        moments: of the optimiser.
-        step: number of the next step.
-        rate: factor of the learning rate.
-        decays: how often it was lowered.
-        mark: the lowest mean loss of a window so far.
-        total: sum of the losses of the window under way.
-        curve: mean loss of each window, NaN where there was none.
-        done: whether the last lowering brought nothing either.
+        first: running mean of the slopes.
+        second: running mean of their squares.
     """
 
-    weights: Any
-    moments: Any
-    step: Array
-    rate: Array
-    decays: Array
-    mark: Array
-    total: Array
-    curve: Array
-    done: Array
+    weights: Array
+    first: Array
+    second: Array
+
+    @classmethod
+    def start(cls, weights: Array) -> "Adam":
+        """Before the first step."""
+        return cls(weights, jnp.zeros_like(weights), jnp.zeros_like(weights))
+
+    def moved(self, slope: Array, step: Array, rate: Array) -> "Adam":
+        """After step number `step`, counted from 0; a slope that is not finite counts as none, a long one is cut."""
+        norm = jnp.sqrt(jnp.sum(slope**2))
+        good = jnp.isfinite(norm)
+        slope = jnp.where(good, slope, 0.0) * jnp.where(good, jnp.minimum(1.0, _CLIP / jnp.maximum(norm, _CLIP)), 0.0)
+        first = _FIRST * self.first + (1 - _FIRST) * slope
+        second = _SECOND * self.second + (1 - _SECOND) * slope**2
+        mean, square = first / (1 - _FIRST ** (step + 1.0)), second / (1 - _SECOND ** (step + 1.0))
+        return Adam(self.weights - rate * mean / (jnp.sqrt(square) + _SMALL), first, second)
 
 
-class Trainer(eqx.Module):
-    """How to train.
+@dataclass
+class Schedule:
+    """Learning rates, and when to end; lives on the host, between windows.
 
-    After each window of steps its mean loss is compared with the lowest before it. A gain below the tolerance
-    lowers the learning rate by a factor of 0.3; the third time that this happens the training ends.
+    The rate is constant until the mean loss of a window is less than `tolerance` below the lowest before it, or half of
+    the steps are used up. From then on it falls to zero along half a period of a cosine, over as many steps as were
+    taken before.
 
     Attributes:
         steps: at most.
-        rate: learning rate of Adam at the start (Kingma and Ba 2015).
-        window: number of steps.
-        tolerance: gain of the mean loss over a window.
-        patient: number of the first step that may lower the rate.
+        rate: at the start.
+        tolerance: gain of a window that is worth another.
+        patient: number of the first step that may end the constant rate.
+        losses: mean loss of each window so far.
+        turned: steps taken when the rate began to fall, None before.
+        stalled: whether it fell because training brought nothing more.
     """
 
     steps: int
     rate: float
-    window: int = 50
-    tolerance: float = 1e-3
+    tolerance: float
     patient: int = 0
+    losses: list[float] = field(default_factory=list)
+    turned: int | None = None
+    stalled: bool = False
 
-    def start(self, weights: Any) -> Training:
-        """The training before its first step."""
-        real = jnp.zeros(())
-        windows = -(-self.steps // self.window)
-        return Training(
-            weights,
-            self._optimiser().init(weights),
-            jnp.zeros((), int),
-            jnp.ones(()),
-            jnp.zeros((), int),
-            jnp.full((), jnp.inf),
-            real,
-            jnp.full(windows, jnp.nan),
-            jnp.zeros((), bool),
-        )
+    @property
+    def taken(self) -> int:
+        """Steps so far."""
+        return min(WINDOW * len(self.losses), self.end)
 
-    def advance(self, state: Training, stop: Array, loss: Loss, key: Key) -> Training:
-        """Carry a training on to step `stop`, or to its end; the key of a step depends on its number alone."""
+    @property
+    def end(self) -> int:
+        """Number of all steps, as far as is known."""
+        return self.steps if self.turned is None else min(2 * self.turned, self.steps)
 
-        def going(s: Training) -> Array:
-            return (s.step < stop) & ~s.done
+    def rates(self) -> np.ndarray:
+        """Learning rates of the next window, zero after the end."""
+        step = self.taken + np.arange(WINDOW)
+        if self.turned is None:
+            return np.full(WINDOW, self.rate)
+        share = np.clip((step - self.turned) / (self.end - self.turned), 0, 1)
+        return 0.5 * self.rate * (1 + np.cos(np.pi * share))
 
-        def step(s: Training) -> Training:
-            slopes, value = jax.grad(loss, has_aux=True)(s.weights, jax.random.fold_in(key, s.step), s.step)
-            return self._judged(self._moved(s, slopes, value), value)
-
-        return jax.lax.while_loop(going, step, state)
-
-    def _optimiser(self) -> Any:
-        import optax
-
-        return optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
-
-    def _moved(self, s: Training, slopes: Any, value: Array) -> Training:
-        """One step of Adam; a step whose loss or slope is not finite changes nothing."""
-        good = jnp.isfinite(value)
-        for leaf in jax.tree.leaves(slopes):
-            good &= jnp.all(jnp.isfinite(leaf))
-        found, moments = self._optimiser().update(slopes, s.moments)
-        scale = self.rate * s.rate
-        weights = jax.tree.map(lambda w, u: (w - scale * u).astype(w.dtype), s.weights, found)
-        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), (weights, moments), (s.weights, s.moments))
-        return eqx.tree_at(lambda t: (t.weights, t.moments), s, kept)
-
-    def _judged(self, s: Training, value: Array) -> Training:
-        """Note the loss; at the end of a window decide on the learning rate."""
-        total = s.total + value / self.window
-        ends = (s.step + 1) % self.window == 0
-        better = total < s.mark - self.tolerance
-        stalled = ends & ~better & (s.step >= self.patient)
-        decays = s.decays + stalled
-        return Training(
-            s.weights,
-            s.moments,
-            s.step + 1,
-            jnp.where(stalled, _DECAY * s.rate, s.rate),
-            decays,
-            # What was reached at a noisier rate or an easier loss is no mark for what comes after.
-            jnp.where(ends & (better | stalled | (s.step < self.patient)), total, s.mark),
-            jnp.where(ends, 0.0, total),
-            s.curve.at[jnp.where(ends, s.step // self.window, len(s.curve))].set(total, mode="drop"),
-            stalled & (decays >= _DECAYS),
-        )
+    def note(self, loss: float) -> None:
+        """Take in the mean loss of the window that `rates` was for."""
+        before = [value for value in self.losses[self.patient // WINDOW :] if np.isfinite(value)]
+        self.losses.append(loss)
+        late = self.taken >= max(self.steps // 2, self.patient)
+        if self.turned is None and (late or (before and not loss < min(before) - self.tolerance)):
+            self.turned, self.stalled = self.taken, not late

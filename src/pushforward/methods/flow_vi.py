@@ -12,8 +12,8 @@ from pushforward import parallel
 from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.learned.flows import Flow, Given, Transport, affine, flow_option, log_scale, path, trainable
-from pushforward.learned.training import Trainer, Training
+from pushforward.learned.flows import Flow, Given, Transport, affine, flow_option, path, transform, weights_of, with_weights
+from pushforward.learned.training import WINDOW, Adam, Schedule
 from pushforward.math import points
 from pushforward.methods import _correction
 from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
@@ -66,7 +66,7 @@ class FlowVI(Method):
 
     flow: Flow | Given = eqx.field(default="coupling_spline", converter=flow_option)
     samples: int = 256
-    steps: int = 2000
+    steps: int = 3000
     learning_rate: float = 5e-3
     tolerance: float = 2e-3
     tempering: int = 0
@@ -120,17 +120,21 @@ class FlowVI(Method):
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
-        transport, curve, steps, first, done = self.transport, np.zeros(0), 0, 0, True
+        transport, schedule, first = self.transport, None, 0
         if transport is None:
-            transport, state, first = self._trained(problem, key, runner)
-            curve, steps, done = np.asarray(state.curve), int(state.step), bool(state.done)
+            transport, schedule, first = self._trained(problem, key, runner)
         else:
             check_transport("FlowVI", transport, problem)
+        steps = schedule.taken if schedule else 0
         d = problem.dimension
         noise = points.fit_noise(jax.random.fold_in(key, 2), max(_FRESH, 2 * d), d, draws)
         z, fresh, log_weights = runner.call(_pushed, problem, transport, noise.fresh, noise.drawn, runner.mesh)
-        summary = evidence_summary(log_weights) | {"steps": steps, "elbo_curve": -curve[np.isfinite(curve)]}
-        outcome = Outcome.SUCCESS if done else Outcome.MAXIMUM_STEPS
+        log_weights = np.asarray(log_weights) + _log_scale(transport.root)
+        summary = evidence_summary(log_weights) | {"steps": steps}
+        outcome = Outcome.SUCCESS
+        if schedule:
+            summary["elbo_curve"] = _log_scale(transport.root) - np.asarray(schedule.losses)
+            outcome = Outcome.SUCCESS if schedule.stalled else Outcome.MAXIMUM_STEPS
         if not np.isfinite(log_weights).all():
             outcome = Outcome.NONFINITE
         elif self.correct != "none":
@@ -149,22 +153,23 @@ class FlowVI(Method):
     def _with(self, transport: Transport) -> Self:
         return eqx.tree_at(lambda m: m.transport, self, transport, is_leaf=lambda v: v is None)
 
-    def _trained(self, problem: InverseProblem, key: Key, runner: Runner) -> tuple[Transport, Training, int]:
+    def _trained(self, problem: InverseProblem, key: Key, runner: Runner) -> tuple[Transport, Schedule, int]:
         """The transport, its training, and the gradients that the start took."""
         d = problem.dimension
         noise = points.fit_noise(jax.random.fold_in(key, 1), 2 * max(256, 4 * d), d, 1)
-        mean, root, evaluations, state = runner.call(_start, self, problem, noise, key, runner.mesh)
-        size = max(self._trainer.window, -(-self.steps // 10)) if runner.progress else self.steps
-        for stop in range(size, self.steps + size, size):
-            end = jnp.asarray(min(stop, self.steps))
-            state = runner.call(_advance, state, end, self, problem, mean, root, key, runner.mesh)
-            if bool(state.done):
-                break
-        return Transport(self.flow, jax.tree.leaves(state.weights), mean, root), state, int(evaluations)
-
-    @property
-    def _trainer(self) -> Trainer:
-        return Trainer(self.steps, self.learning_rate, tolerance=self.tolerance, patient=self.tempering)
+        mean, root, first, state = runner.call(_start, self, problem, noise, key, runner.mesh)
+        schedule = Schedule(self.steps, self.learning_rate, self.tolerance, self.tempering)
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+        while schedule.taken < schedule.end:
+            e, weights = _wide_noise(generator, self.samples, d)
+            powers = None
+            if self.tempering:
+                powers = 0.01 ** np.maximum(1 - (schedule.taken + np.arange(WINDOW)) / self.tempering, 0.0)
+            steps = np.arange(schedule.taken, schedule.taken + WINDOW)
+            window = _floats((e, weights, schedule.rates(), powers, steps))
+            state, loss = runner.call(_window, state, window, self.flow, problem, mean, root, runner.mesh)
+            schedule.note(float(loss))
+        return Transport(self.flow, state.weights, mean, root), schedule, int(first)
 
 
 def check_transport(owner: str, transport: Transport, problem: InverseProblem) -> None:
@@ -178,11 +183,10 @@ def check_transport(owner: str, transport: Transport, problem: InverseProblem) -
 
 def _start(
     method: FlowVI, problem: InverseProblem, noise: points.FitNoise, key: Key, mesh: Mesh | None
-) -> tuple[Array, Array, Array, Training]:
+) -> tuple[Array, Array, Array, Adam]:
     """Mean and root that the flow starts from, gradients that they took, and the training before its first step."""
     d = problem.dimension
-    weights, _ = trainable(method.flow.build(jax.random.fold_in(key, 4), d))
-    state = method._trainer.start(weights)
+    state = Adam.start(weights_of(method.flow.build(jax.random.fold_in(key, 4), d)))
     if method.tempering:
         return jnp.zeros(d), jnp.ones(d), jnp.zeros((), int), state
     gaussian = GaussianVI(covariance="full" if d <= _DENSE else "diagonal")
@@ -196,70 +200,81 @@ def _start(
     return last.family.mean, wider * last.family.root, last.steps * noise.matched.shape[0], state
 
 
-def _advance(
-    state: Training,
-    stop: Array,
-    method: FlowVI,
-    problem: InverseProblem,
-    mean: Array,
-    root: Array,
-    key: Key,
-    mesh: Mesh | None,
-) -> Training:
+def _window(
+    state: Adam, window: tuple, flow: Flow | Given, problem: InverseProblem, mean: Array, root: Array, mesh: Mesh | None
+) -> tuple[Adam, Array]:
+    """One window of steps, and the mean of the loss; the loss leaves out log|det root|."""
     d = mean.shape[0]
-    _, rest = trainable(method.flow.build(jax.random.key(0), d))
-    constant = 0.5 * d * _LOG_2PI + log_scale(root)
+    noise, weights, rates, powers, steps = window
 
-    def target(z: Array, power: Array) -> Array:
+    def target(z: Array, power: Array | None) -> Array:
         whole = problem.log_density(z)
-        if not method.tempering:
+        if power is None:
             return whole
         prior = problem.log_prior(z)
         return prior + power * (whole - prior)
 
-    def loss(weights: Any, step_key: Key, step: Array) -> tuple[Array, Array]:
-        power = 0.01 ** jnp.maximum(1.0 - step / max(method.tempering, 1), 0.0)
-        bijection = eqx.combine(weights, rest)
+    def loss(flat: Array, e: Array, weight: Array, power: Array | None) -> tuple[Array, Array]:
+        bijection = with_weights(flow, d, flat)
 
         def one(e: Array) -> tuple[Array, Array]:
             x, slope, log_det = path(bijection, e)
             value = target(affine(mean, root, x), power)
             return value - jnp.dot(slope, x), value + 0.5 * jnp.sum(e**2) + log_det
 
-        e, weight = _wide_noise(step_key, method.samples, d)
         surrogate, gain = parallel.vmap(one, mesh)(e)
-        gain = jax.lax.stop_gradient(gain)
-        return -jnp.mean(weight * surrogate), -(jnp.sum(weight * gain) / jnp.sum(weight) + constant)
+        gain = jnp.sum(weight * jax.lax.stop_gradient(gain)) / jnp.sum(weight)
+        return -jnp.mean(weight * surrogate), -(gain + 0.5 * d * _LOG_2PI)
 
-    return method._trainer.advance(state, stop, loss, jax.random.fold_in(key, 5))
+    def step(s: Adam, item: tuple) -> tuple[Adam, Array]:
+        e, weight, rate, power, number = item
+        slope, value = jax.grad(loss, has_aux=True)(s.weights, e, weight, power)
+        return s.moved(slope, number, rate), value
+
+    state, losses = jax.lax.scan(step, state, (noise, weights, rates, powers, steps))
+    return state, jnp.mean(losses)
 
 
-def _wide_noise(key: Key, samples: int, d: int) -> tuple[Array, Array]:
-    """Antithetic noise of which half is wider than N(0, I), and importance weights that make up for it.
+def _wide_noise(generator: np.random.Generator, samples: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Antithetic noise (window, samples, d) of which half is wider than N(0, I), and weights that make up for it.
 
     Tails are then learned from many points of small weight, not from few: it is they that decide on Pareto k-hat. The
-    weights are those of the mixture of both laws (Veach and Guibas 1995), at most 2.
+    weights are the importance weights of the mixture of both laws (Veach and Guibas 1995), at most 2.
     """
     half = -(-samples // 2)
     wide = 1.0 + _WIDENING / d**0.5
-    scales = jnp.where(jnp.arange(half) < half // 2, wide, 1.0)[:, None]
-    e = scales * jax.random.normal(key, (half, d))
-    log_ratio = 0.5 * jnp.sum(e**2, 1) * (1 - wide**-2) - d * jnp.log(wide)
-    weight = 2.0 / (1.0 + jnp.exp(log_ratio))
-    return jnp.concatenate([e, -e])[:samples], jnp.concatenate([weight, weight])[:samples]
+    scales = np.where(np.arange(half) < half // 2, wide, 1.0)[:, None]
+    e = scales * generator.standard_normal((WINDOW, half, d))
+    log_ratio = 0.5 * np.sum(e**2, -1) * (1 - wide**-2) - d * np.log(wide)
+    weights = 2.0 / (1.0 + np.exp(np.minimum(log_ratio, 700.0)))
+    return np.concatenate([e, -e], 1)[:, :samples], np.concatenate([weights, weights], 1)[:, :samples]
+
+
+def _floats(arrays: tuple) -> tuple:
+    """On the device, in its floating type, without compiling anything."""
+    dtype = np.dtype(jnp.result_type(float))
+    return tuple(None if x is None else jax.device_put(np.asarray(x, dtype)) for x in arrays)
+
+
+def _log_scale(root: Array) -> float:
+    """log|det root|."""
+    matrix = np.asarray(root, float)
+    return float(np.linalg.slogdet(matrix)[1] if matrix.ndim == 2 else np.sum(np.log(np.abs(matrix))))
 
 
 def _pushed(
     problem: InverseProblem, transport: Transport, fresh: Array, drawn: Array, mesh: Mesh | None
 ) -> tuple[Array, Array, Array]:
-    """Draws (draw, d); fresh draws (replicate, n, d) and log p - log q at them."""
+    """Draws (draw, d); fresh draws (replicate, n, d) and log p - log q at them, less log|det root|."""
     replicates, n, d = fresh.shape
     blocks = -(-drawn.shape[0] // n)
     # One body for all: the map and the model are compiled once.
     padded = jnp.resize(drawn, (blocks, n, d))
+    bijection = with_weights(transport.flow, d, transport.weights)
 
     def one(e: Array) -> tuple[Array, Array]:
-        z, log_det = transport.push(e)
+        x, log_det = transform(bijection, e)
+        z = affine(transport.mean, transport.root, x)
         return z, problem.log_density(z) + 0.5 * jnp.sum(e**2) + 0.5 * d * _LOG_2PI + log_det
 
     z, log_weights = jax.lax.map(parallel.vmap(one, mesh), jnp.concatenate([fresh, padded]))
