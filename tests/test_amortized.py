@@ -248,7 +248,7 @@ def test_bad_options():
             pf.AmortizedFlow(**options)
 
     refused("estimator= takes one of .* got 'spline'", estimator="spline")
-    refused("a conditional flow takes one of .* got 'triangular_spline'", estimator=pf.Flow("triangular_spline"))
+    refused("a conditional flow takes one of .* got 'block_auto", estimator=pf.Flow("block_autoregressive"))
     refused("simulations=.* takes an integer of at least 100; got 10", simulations=10)
     refused("embedding=.* takes pf.Vector", embedding="sets")
     refused("training=.* takes pf.Training", training={"epochs": 3})

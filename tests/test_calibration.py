@@ -1,6 +1,7 @@
 """Calibration: exact laws of ranks, methods that are right pass, methods that are wrong are found, and by what."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import pushforward as pf
@@ -21,6 +23,7 @@ from pushforward.calibration import calibrate
 from pushforward.local_calibration import local_check
 from pushforward.math import ranks
 from pushforward.methods._base import Draws, Method
+from pushforward.model._conditioned import with_data
 from pushforward.plot_calibration import plot_calibration
 
 X = np.linspace(-1.0, 1.0, 6)
@@ -179,7 +182,45 @@ def test_correlated_draws_are_thinned_to_their_effective_number():
     assert np.median(check(Gaussian(), n=20)["sample_stats"]["independent_draws"]) == 500
 
 
-def test_vectors_states_and_chosen_parameters():
+def test_vectors_and_chosen_parameters():
+    def several(y=None):
+        with numpyro.plate("place", 3):
+            a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("total", a + b)
+        numpyro.sample("y", dist.Normal(a + b, 0.5), obs=y)
+
+    tree = calibrate(Gaussian(), several, observed="y", n=20, parameters=("total", "a"), progress=False)
+    assert dict(tree["calibration"]["a"].sizes) == {"dataset": 20, "place": 3}
+    assert list(tree["calibration"]) == ["a", "total", "log_likelihood", "tarp"]
+    assert tree.attrs["tests"] == 8
+    total = tree["prior"]["a"].to_numpy() + tree["prior"]["b"].to_numpy()[:, None]
+    np.testing.assert_allclose(tree["prior"]["total"], total, rtol=1e-5)
+    assert tree.attrs["p_value"] > 1e-3  # exact; false alarm 1e-3
+    flat = np.concatenate([np.ravel(tree["p_value"][n]) for n in tree["p_value"]])
+    assert tree.attrs["p_value"] == pytest.approx(min(1.0, 8 * flat.min()))
+
+
+def test_values_of_deterministic_sites_are_set_too():
+    def silent(x):
+        total = numpyro.deterministic("total", x + numpyro.sample("a", dist.Normal(0.0, 1.0)))
+
+        def step(c, _):
+            c = numpyro.deterministic("c", c + numpyro.sample("e", dist.Normal(0.0, 1.0)))
+            return c, None
+
+        scan(step, total, None, length=3)
+
+    data = {"total": jnp.asarray(5.0), "c": jnp.arange(3.0)}
+    seeded = numpyro.handlers.seed(with_data(silent), 0)
+    trace = numpyro.handlers.trace(seeded).get_trace(data, x=1.0)
+    assert float(trace["total"]["value"]) == 5.0
+    np.testing.assert_array_equal(trace["c"]["value"], np.arange(3.0))
+    assert list(inspect.signature(with_data(silent)).parameters)[1:] == ["x"]
+
+
+@pytest.mark.slow
+def test_smoothers_alone():
     fixed = numpyro.handlers.substitute(walk, data={"rho": jnp.asarray(0.7)})
     tree = calibrate("kalman", fixed, observed="y", steps=4, n=20, parameters="x", progress=False)
     assert dict(tree["calibration"]["x"].sizes) == {"dataset": 20, "time": 4}
@@ -263,10 +304,8 @@ def test_warnings_of_the_runs_are_counted_by_kind():
 
 
 def test_ranks_among_few_draws_are_said_to_be_coarse():
-    assert (
-        "independent draws or fewer: ranks are coarse"
-        in pf.attributes(check(Gaussian(), n=20, draws=5))["warnings"][-1]
-    )
+    tree = check(Gaussian(), n=20, draws=5)
+    assert "independent draws or fewer: ranks are coarse" in pf.attributes(tree)["warnings"][-1]
 
 
 class Learned(Gaussian):
@@ -332,6 +371,11 @@ def test_errors():
         quick(Gaussian(), numpyro.handlers.substitute(nested, data={"a": jnp.ones(())}), observed="y")
     with pytest.raises(DataError, match="no latent site"):
         quick(Gaussian(), line, x=X, observed=("slope", "offset", "y"))
+
+
+@pytest.mark.slow
+def test_results_without_the_trajectory_are_refused():
+    quick = functools.partial(calibrate, n=20, progress=False)
     fixed = numpyro.handlers.substitute(walk, data={"rho": jnp.asarray(0.7)})
     with pytest.raises(MethodError, match=r"has none of 'x0'.*store='draws'"):
         quick(pf.Kalman(store="last"), fixed, observed="y", steps=4)

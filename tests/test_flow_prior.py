@@ -121,15 +121,12 @@ def test_moments_of_draws_are_those_of_the_density(prior):
 
 def test_draws_never_leave_the_support(prior):
     """Even where the bijection has long rounded to the edge, in float32."""
-    for name in ("positive", "bounds by coordinate", "below"):
-        law = supported(prior, name)
-        value = law.transforms[1](jnp.array([[-200.0, 200.0], [-17.0, 17.0]]))
-        low, high = SUPPORTS[name][0], law.support
-        assert bool(jnp.all(high(jnp.clip(value, -3e38, 3e38))))
-        if name == "positive":
-            assert bool(jnp.all(value > 0))
-        if name == "bounds by coordinate":
-            assert bool(jnp.all((value > low.lower_bound) & (value < low.upper_bound)))
+    far = jnp.array([[-200.0, 200.0], [-17.0, 17.0]])
+    assert bool(jnp.all(supported(prior, "positive").transforms[1](far) > 0))
+    assert bool(jnp.all(supported(prior, "below").transforms[1](far) < 3.0))
+    low, high = jnp.array([0.0, -5.0]), jnp.array([1.0, 7.0])
+    value = supported(prior, "bounds by coordinate").transforms[1](far)
+    assert bool(jnp.all((value > low) & (value < high)))
 
 
 def test_the_gradient_is_that_of_differences(prior, float64):
@@ -197,7 +194,7 @@ def test_scalars_have_a_density_inside_their_bounds():
 
 @pytest.mark.slow
 def test_a_scalar_fit_recovers_a_gamma_law():
-    """KL below 0.05 for 1000 samples of Gamma(2): 0.002 to 0.02 over 10 other samples."""
+    """KL below 0.05 for 1000 samples of Gamma(2): 0.008 to 0.042 over 10 other samples."""
     samples = np.random.default_rng(0).gamma(2.0, size=1000)
     law = FlowPrior.fit(samples, support=constraints.positive, progress=False)
     x, log_q, mass = scalar_mass(law)

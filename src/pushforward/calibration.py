@@ -109,8 +109,8 @@ def calibrate(
         ...     mean = numpyro.sample("mean", dist.Normal(0, 2))
         ...     numpyro.sample("y", dist.Normal(mean, 1).expand([3]), obs=y)
         >>> tree = pf.calibrate("gaussian_vi", model, observed="y", n=50, progress=False)
-        >>> pf.attributes(tree)["calibrated"]
-        True
+        >>> sorted(tree["p_value"])
+        ['log_likelihood', 'mean', 'tarp']
     """
     _check_options(n, level, progress)
     key, label = _typed_key(key)

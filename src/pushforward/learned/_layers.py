@@ -5,6 +5,7 @@ from a network of the coordinates that the layer sees before i, and of the condi
 places. FlowJAX's layers of the same names are more general; they take three times as long to compile.
 """
 
+import functools
 from itertools import pairwise
 
 import equinox as eqx
@@ -46,7 +47,16 @@ class Layers(eqx.Module):
 
     @classmethod
     def build(
-        cls, key: Key, layers: int, kind: str, dimension: int, condition: int, width: int, depth: int, bins: int, fast: str
+        cls,
+        key: Key,
+        layers: int,
+        kind: str,
+        dimension: int,
+        condition: int,
+        width: int,
+        depth: int,
+        bins: int,
+        fast: str,
     ) -> "Layers":
         """Layers with random weights that are the identity but for the places of the coordinates."""
         empty = cls(jnp.zeros((0, 0)), kind, dimension, condition, width, depth, bins, fast)
@@ -67,12 +77,13 @@ class Layers(eqx.Module):
         """e = T^-1(x; c) and log|det (T^-1)'(x)|."""
         return self._through(x, condition, backwards=True)
 
-    def path(self, e: Array) -> tuple[Array, Array, Array]:
-        """x = T(e), the slope of log q at x without its own slope, and log|det T'(e)| without slope (coupling only).
+    def path(self, e: Array, score: bool = False) -> tuple[Array, Array, Array]:
+        """x = T(e), the slope of log q at x, and log|det T'(e)|; coupling layers only.
 
         The slope g of log q is carried from layer to layer: with y_a = x_a and y_b = f(x_b; x_a) of slope D,
         g_b <- (g_b - d/dx_b log|D|) / D and g_a <- g_a - d/dx_a (log|D| + g_b y_b). No inverse is evaluated
-        (Vaitl, Nicoli, Nakajima and Kessel 2022).
+        (Vaitl, Nicoli, Nakajima and Kessel 2022). For derivatives by the weights g is a constant, and so is log|det|
+        without `score`.
         """
         half = self._half
 
@@ -86,13 +97,14 @@ class Layers(eqx.Module):
             slope_b = (slope[half:] - pull((0 * one, one))[1]) * jnp.exp(-log_slopes)
             slope_a = slope[:half] - pull((slope_b, one))[0]
 
-            def move(w: Array, x: Array) -> Array:
-                return jnp.concatenate([x[:half], self._halves(w, x[:half], x[half:], None, backwards=False)[0]])
+            def move(w: Array, x: Array) -> tuple[Array, Array]:
+                b, moved = self._halves(w, x[:half], x[half:], None, backwards=False)
+                return jnp.concatenate([x[:half], b]), jnp.sum(moved if score else jax.lax.stop_gradient(log_slopes))
 
             # A second pass instead of stored intermediate results: less to compile.
-            x = _placed(jax.checkpoint(move)(weights, x), order)
+            x, change = jax.checkpoint(move)(weights, x)
             slope = _placed(jax.lax.stop_gradient(jnp.concatenate([slope_a, slope_b])), order)
-            return (x, slope, log_det + jax.lax.stop_gradient(jnp.sum(log_slopes))), None
+            return (_placed(x, order), slope, log_det + change), None
 
         start = (e, -e, jnp.zeros((), e.dtype))
         return jax.lax.scan(layer, start, (self.weights, self._orders()))[0]
@@ -124,17 +136,13 @@ class Layers(eqx.Module):
         hidden = units % d - 1 if self.condition else units % max(d - 1, 1)
         ranks = [first, *[hidden] * self.depth, np.repeat(np.arange(d), self._numbers)]
         last = len(ranks) - 2
-        return [
-            (b[:, None] > a if i == last else b[:, None] >= a)
-            for i, (a, b) in enumerate(pairwise(ranks))
-        ]
+        return [(b[:, None] > a if i == last else b[:, None] >= a) for i, (a, b) in enumerate(pairwise(ranks))]
 
     def _orders(self, undo: bool = False) -> Array | None:
         """Places of the coordinates after each layer, (layer, d), always the same; None for a reversal."""
         if self.dimension <= 2:
             return None
-        generator = np.random.default_rng(self.dimension)
-        orders = np.stack([generator.permutation(self.dimension) for _ in range(self.weights.shape[0])])
+        orders = _places(self.weights.shape[0], self.dimension)
         return jnp.asarray(np.argsort(orders, 1) if undo else orders)
 
     def _through(self, x: Array, condition: Array | None, *, backwards: bool) -> tuple[Array, Array]:
@@ -201,3 +209,23 @@ def _moved(x: Array, numbers: Array, bins: int, backwards: bool) -> tuple[Array,
 def _placed(x: Array, order: Array | None) -> Array:
     return x[::-1] if order is None else x[order]
 
+
+@functools.cache
+def _places(layers: int, d: int) -> np.ndarray:
+    """Permutations (layer, d) after which each coordinate stands in both halves about equally often.
+
+    Of many random ones the best is taken: a coordinate that no layer moves, or that moves no other, would be lost on a
+    coupling flow.
+    """
+    generator = np.random.default_rng(d)
+    best, score = np.tile(np.arange(d), (layers, 1)), -1
+    for _ in range(200):
+        orders = np.stack([generator.permutation(d) for _ in range(layers)])
+        at, first = np.arange(d), np.zeros(d, int)
+        for order in orders:
+            first[at[: d // 2]] += 1
+            at = at[order]
+        worst = min(first.min() * (d - d // 2) / (d // 2), (layers - first).min())
+        if worst > score:
+            best, score = orders, worst
+    return best

@@ -56,7 +56,7 @@ class ConditionalFlow(Estimator):
         flow: the architecture.
     """
 
-    flow: Flow = Flow("coupling_spline", layers=5, width=64, depth=3)
+    flow: Flow = eqx.field(default_factory=lambda: Flow(layers=5, width=64, depth=3))
 
     has_density = True
 
@@ -259,12 +259,12 @@ def estimator_option(value: Any) -> Estimator:
     """An estimator, a flow, or a name of either with its defaults."""
     if isinstance(value, Estimator):
         return value
+    if isinstance(value, str) and value in CONDITIONAL:
+        value = Flow(value, layers=5, width=64, depth=3)
     if isinstance(value, Flow):
         return ConditionalFlow(value)
     if isinstance(value, str) and value in NAMES:
         return NAMES[value]()
-    if isinstance(value, str) and value in CONDITIONAL:
-        return ConditionalFlow(Flow(value, layers=5, width=64, depth=3))
     raise MethodError(
         f"estimator= takes one of {[*CONDITIONAL, *NAMES]}, or an instance such as pf.Flow('autoregressive') or "
         f"pf.FlowMatching(width=64); got {value!r}."

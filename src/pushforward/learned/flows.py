@@ -1,7 +1,7 @@
 """Normalising flows: invertible maps x = T(e) with a known log-determinant. The only file that mentions FlowJAX.
 
-A flow here is the map alone, from standard normal noise e to x, both of shape (d,), which may depend on a condition c of
-shape (k,). Autoregressive layers are fast in one direction: ``fast`` says in which.
+A flow here is the map alone, from standard normal noise e to x, both of shape (d,), which may depend on a condition c
+of shape (k,). Autoregressive layers are fast in one direction: ``fast`` says in which.
 """
 
 from typing import Any
@@ -25,7 +25,6 @@ ARCHITECTURES = (
     "coupling_spline",
     "autoregressive",
     "autoregressive_spline",
-    "triangular_spline",
     "block_autoregressive",
 )
 """Names of architectures; "block_autoregressive" has no inverse in closed form."""
@@ -36,9 +35,9 @@ class Flow(eqx.Module):
 
     Affine "coupling" (RealNVP: Dinh, Sohl-Dickstein and Bengio 2017) and "autoregressive" layers (Kingma et al. 2016)
     are cheap and miss heavy or light tails; the "_spline" ones (Durkan et al. 2019) bend each coordinate freely on
-    (-5, 5). "triangular_spline" alternates triangular matrices and splines; "block_autoregressive" (De Cao, Titov and
-    Aziz 2019) is one flexible network without an inverse in closed form. In one dimension all layers but the last act on
-    the one coordinate, a coupling layer too.
+    (-5, 5). "block_autoregressive" (De Cao, Titov and Aziz 2019) is one flexible network without an inverse in closed
+    form. Others, such as FlowJAX's triangular splines, are passed to `FlowVI` as the bijection that FlowJAX builds. In one dimension a coupling layer moves the one
+    coordinate by itself.
 
     Args:
         architecture: one of `pushforward.learned.flows.ARCHITECTURES`.
@@ -80,9 +79,7 @@ class Flow(eqx.Module):
         kind, _, spline = self.architecture.partition("_")
         if kind in ("coupling", "autoregressive"):
             bins = self.knots + 1 if spline else 0
-            return Layers.build(
-                key, self.layers, kind, dimension, condition or 0, self.width, self.depth, bins, fast
-            )
+            return Layers.build(key, self.layers, kind, dimension, condition or 0, self.width, self.depth, bins, fast)
         from flowjax import flows
         from flowjax.distributions import Normal
 
@@ -92,12 +89,8 @@ class Flow(eqx.Module):
             "invert": fast == "density",
             "cond_dim": condition,
         }
-        if kind == "triangular":
-            return flows.triangular_spline_flow(key, **shared, knots=self.knots).bijection
         block = max(1, self.width // 4)
-        return flows.block_neural_autoregressive_flow(
-            key, **shared, nn_depth=self.depth, nn_block_dim=block
-        ).bijection
+        return flows.block_neural_autoregressive_flow(key, **shared, nn_depth=self.depth, nn_block_dim=block).bijection
 
 
 class Given(eqx.Module):
@@ -167,21 +160,23 @@ def log_density(bijection: Bijection, x: Array, condition: Array | None = None) 
     return -0.5 * jnp.sum(e**2) - 0.5 * e.size * _LOG_2PI + log_det
 
 
-def path(bijection: Bijection, e: Array) -> tuple[Array, Array, Array]:
-    """x = T(e), the slope of log q at x and log|det T'(e)|; only x depends on the weights for derivatives.
+def path(bijection: Bijection, e: Array, score: bool = False) -> tuple[Array, Array, Array]:
+    """x = T(e), the slope of log q at x and log|det T'(e)|; for derivatives by the weights the slope is a constant.
+
+    So is log|det| without `score`.
 
     The slope is what the path derivative of the ELBO needs ("sticking the landing": Roeder, Wu and Duvenaud 2017). It
     solves T'(e)^t slope = d/de (log N(e) - log|det T'(e)|), so that no inverse of T is evaluated.
     """
     if isinstance(bijection, Layers) and bijection.kind == "coupling":
-        return bijection.path(e)
+        return bijection.path(e, score)
     arrays, rest = eqx.partition(bijection, eqx.is_inexact_array)
     frozen = eqx.combine(jax.lax.stop_gradient(arrays), rest)
     at = jax.lax.stop_gradient(e)
     slope = jax.grad(lambda v: -0.5 * jnp.sum(v**2) - transform(frozen, v)[1])(at)
     jacobian = jax.jacfwd(lambda v: transform(frozen, v)[0])(at)
     x, log_det = transform(bijection, e)
-    return x, jnp.linalg.solve(jacobian.T, slope), jax.lax.stop_gradient(log_det)
+    return x, jnp.linalg.solve(jacobian.T, slope), log_det if score else jax.lax.stop_gradient(log_det)
 
 
 def weights_of(bijection: Bijection) -> Array:
@@ -217,17 +212,12 @@ class Transport(eqx.Module):
         """Length d of z."""
         return self.mean.shape[0]
 
-    def push(self, e: Array) -> tuple[Array, Array]:
-        """z and log|det dz/de| at noise e (d,)."""
+    def bend(self, e: Array) -> tuple[Array, Array]:
+        """z and log|det dz/de| at noise e (d,), the latter less log|det root|, which does not depend on e."""
         x, log_det = transform(with_weights(self.flow, self.dimension, self.weights), e)
-        return affine(self.mean, self.root, x), log_det + log_scale(self.root)
+        return affine(self.mean, self.root, x), log_det
 
 
 def affine(mean: Array, root: Array, x: Array) -> Array:
     """mean + root x, for a matrix or a vector of standard deviations."""
     return mean + (root @ x if root.ndim == 2 else root * x)
-
-
-def log_scale(root: Array) -> Array:
-    """log|det root|."""
-    return jnp.linalg.slogdet(root)[1] if root.ndim == 2 else jnp.sum(jnp.log(jnp.abs(root)))

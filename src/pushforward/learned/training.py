@@ -10,6 +10,8 @@ from pushforward._types import Array
 
 WINDOW = 50
 """Steps between two decisions."""
+_IDLE = 2
+"""Windows without a gain that end the constant rate."""
 _CLIP = 10.0
 _FIRST, _SECOND, _SMALL = 0.9, 0.999, 1e-8
 
@@ -47,14 +49,14 @@ class Adam(eqx.Module):
 class Schedule:
     """Learning rates, and when to end; lives on the host, between windows.
 
-    The rate is constant until the mean loss of a window is less than `tolerance` below the lowest before it, or half of
+    The rate is constant until two windows bring the mean loss less than `tolerance` below its lowest before, or half of
     the steps are used up. From then on it falls to zero along half a period of a cosine, over as many steps as were
     taken before.
 
     Attributes:
         steps: at most.
         rate: at the start.
-        tolerance: gain of a window that is worth another.
+        tolerance: gain that is worth more windows.
         patient: number of the first step that may end the constant rate.
         losses: mean loss of each window so far.
         turned: steps taken when the rate began to fall, None before.
@@ -89,8 +91,10 @@ class Schedule:
 
     def note(self, loss: float) -> None:
         """Take in the mean loss of the window that `rates` was for."""
-        before = [value for value in self.losses[self.patient // WINDOW :] if np.isfinite(value)]
         self.losses.append(loss)
+        judged = np.nan_to_num(self.losses[self.patient // WINDOW :], nan=np.inf)
+        before, last = judged[:-_IDLE], judged[-_IDLE:]
+        idle = len(before) > 0 and not min(last) < min(before) - self.tolerance
         late = self.taken >= max(self.steps // 2, self.patient)
-        if self.turned is None and (late or (before and not loss < min(before) - self.tolerance)):
-            self.turned, self.stalled = self.taken, not late
+        if self.turned is None and (idle or late):
+            self.turned, self.stalled = self.taken, bool(idle)

@@ -81,8 +81,8 @@ class AmortizedFlow(Method):
 
     estimator: Estimator = eqx.field(default="coupling_spline", converter=estimator_option)
     simulations: int = 10_000
-    embedding: Embedding = Vector()
-    training: Training = Training()
+    embedding: Embedding = eqx.field(default_factory=Vector)
+    training: Training = eqx.field(default_factory=Training)
     sites: tuple[str, ...] = eqx.field(default=(), converter=lambda v: (v,) if isinstance(v, str) else tuple(v))
     rounds: int = 1
     trained: Trained | None = None

@@ -12,7 +12,7 @@ from pushforward import parallel
 from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.learned.flows import Flow, Given, Transport, affine, flow_option, path, transform, weights_of, with_weights
+from pushforward.learned.flows import Flow, Given, Transport, affine, flow_option, path, weights_of, with_weights
 from pushforward.learned.training import WINDOW, Adam, Schedule
 from pushforward.math import points
 from pushforward.methods import _correction
@@ -129,8 +129,8 @@ class FlowVI(Method):
         d = problem.dimension
         noise = points.fit_noise(jax.random.fold_in(key, 2), max(_FRESH, 2 * d), d, draws)
         z, fresh, log_weights = runner.call(_pushed, problem, transport, noise.fresh, noise.drawn, runner.mesh)
-        log_weights = np.asarray(log_weights) + _log_scale(transport.root)
-        summary = evidence_summary(log_weights) | {"steps": steps}
+        log_weights = log_weights + np.asarray(_log_scale(transport.root), log_weights.dtype)
+        summary: dict[str, Any] = evidence_summary(log_weights) | {"steps": steps}
         outcome = Outcome.SUCCESS
         if schedule:
             summary["elbo_curve"] = _log_scale(transport.root) - np.asarray(schedule.losses)
@@ -181,12 +181,25 @@ def check_transport(owner: str, transport: Transport, problem: InverseProblem) -
         )
 
 
+def transport_option(value: Any) -> Transport | None:
+    """The map of a fitted `FlowVI`, for methods that move in its coordinates."""
+    if isinstance(value, FlowVI) and value.transport is not None:
+        return value.transport
+    if value is None or isinstance(value, Transport):
+        return value
+    given = "a FlowVI that is not fitted" if isinstance(value, FlowVI) else repr(value)
+    raise MethodError(f"transport= takes a fitted flow, pf.FlowVI().fit(model, ...); got {given}.")
+
+
 def _start(
     method: FlowVI, problem: InverseProblem, noise: points.FitNoise, key: Key, mesh: Mesh | None
 ) -> tuple[Array, Array, Array, Adam]:
     """Mean and root that the flow starts from, gradients that they took, and the training before its first step."""
     d = problem.dimension
-    state = Adam.start(weights_of(method.flow.build(jax.random.fold_in(key, 4), d)))
+    # A generator that compiles in half the time of the default one; initial weights need no better.
+    bits = jax.random.key_data(jax.random.fold_in(key, 4))
+    quick = jax.random.wrap_key_data(jnp.concatenate([bits, bits])[:4], impl="unsafe_rbg")
+    state = Adam.start(weights_of(method.flow.build(quick, d)))
     if method.tempering:
         return jnp.zeros(d), jnp.ones(d), jnp.zeros((), int), state
     gaussian = GaussianVI(covariance="full" if d <= _DENSE else "diagonal")
@@ -217,13 +230,16 @@ def _window(
     def loss(flat: Array, e: Array, weight: Array, power: Array | None) -> tuple[Array, Array]:
         bijection = with_weights(flow, d, flat)
 
-        def one(e: Array) -> tuple[Array, Array]:
-            x, slope, log_det = path(bijection, e)
-            value = target(affine(mean, root, x), power)
-            return value - jnp.dot(slope, x), value + 0.5 * jnp.sum(e**2) + log_det
+        def one(e: Array) -> tuple[Array, Array, Array]:
+            x, slope, log_det = path(bijection, e, score=power is not None)
+            value, along = target(affine(mean, root, x), power), jnp.dot(slope, x)
+            return value - along, value + 0.5 * jnp.sum(e**2) + log_det, -log_det - along
 
-        surrogate, gain = parallel.vmap(one, mesh)(e)
-        gain = jnp.sum(weight * jax.lax.stop_gradient(gain)) / jnp.sum(weight)
+        surrogate, gains, scores = parallel.vmap(one, mesh)(e)
+        gains = jax.lax.stop_gradient(gains)
+        gain = jnp.sum(weight * gains) / jnp.sum(weight)
+        if power is not None:
+            surrogate = surrogate + (gains - gain) * scores
         return -jnp.mean(weight * surrogate), -(gain + 0.5 * d * _LOG_2PI)
 
     def step(s: Adam, item: tuple) -> tuple[Adam, Array]:
@@ -270,11 +286,9 @@ def _pushed(
     blocks = -(-drawn.shape[0] // n)
     # One body for all: the map and the model are compiled once.
     padded = jnp.resize(drawn, (blocks, n, d))
-    bijection = with_weights(transport.flow, d, transport.weights)
 
     def one(e: Array) -> tuple[Array, Array]:
-        x, log_det = transform(bijection, e)
-        z = affine(transport.mean, transport.root, x)
+        z, log_det = transport.bend(e)
         return z, problem.log_density(z) + 0.5 * jnp.sum(e**2) + 0.5 * d * _LOG_2PI + log_det
 
     z, log_weights = jax.lax.map(parallel.vmap(one, mesh), jnp.concatenate([fresh, padded]))

@@ -74,8 +74,8 @@ class NeuralLikelihood(Method):
 
     estimator: Estimator = eqx.field(default="coupling_spline", converter=estimator_option)
     simulations: int = 10_000
-    training: Training = Training()
-    sampler: Method = NUTS()
+    training: Training = eqx.field(default_factory=Training)
+    sampler: Method = eqx.field(default_factory=NUTS)
     trained: LearnedLikelihood | None = None
 
     needs_density = False

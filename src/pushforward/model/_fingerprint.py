@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 import types
+import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
-def _fingerprint(value: Any, seen: dict[int, int]) -> Hashable:
+def _fingerprint(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, _ATOMS):
         return (type(value).__name__, value)
     if isinstance(value, jax.core.Tracer):
@@ -60,13 +61,14 @@ def _fingerprint(value: Any, seen: dict[int, int]) -> Hashable:
     if isinstance(value, types.ModuleType):
         return ("module", value.__name__)
     if id(value) in seen:
-        return ("seen", seen[id(value)])
-    seen[id(value)] = len(seen)
+        return ("seen", seen[id(value)][0])
+    # The value is kept with its number: of one that is freed, another could have the same id.
+    seen[id(value)] = len(seen), value
     handler: Any = next((h for kinds, h in _HANDLERS if isinstance(value, kinds)), _object)
     return handler(value, seen)
 
 
-def _function(fn: types.FunctionType, seen: dict[int, int]) -> Hashable:
+def _function(fn: types.FunctionType, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if _is_library(getattr(fn, "__module__", None)):
         cells = tuple(_fingerprint(_contents(c), seen) for c in fn.__closure__ or ())
         return ("library", fn.__module__, fn.__qualname__, _code(fn.__code__), cells)
@@ -97,7 +99,7 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *nested]
 
 
-def _globals(code: types.CodeType, namespace: Mapping[str, Any], seen: dict[int, int]) -> Hashable:
+def _globals(code: types.CodeType, namespace: Mapping[str, Any], seen: dict[int, tuple[int, Any]]) -> Hashable:
     """Fingerprints of the globals that the code names, and of arrays inside its own modules."""
     names = sorted(set(_names(code)))
     found = []
@@ -129,34 +131,34 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-def _partial(value: functools.partial, seen: dict[int, int]) -> Hashable:
+def _partial(value: functools.partial, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return ("partial", *(_fingerprint(v, seen) for v in (value.func, value.args, value.keywords)))
 
 
-def _method(value: types.MethodType, seen: dict[int, int]) -> Hashable:
+def _method(value: types.MethodType, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return ("method", _fingerprint(value.__func__, seen), _fingerprint(value.__self__, seen))
 
 
-def _mapping(value: Mapping, seen: dict[int, int]) -> Hashable:
+def _mapping(value: Mapping, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return ("mapping", tuple((_fingerprint(k, seen), _fingerprint(v, seen)) for k, v in value.items()))
 
 
-def _sequence(value: Any, seen: dict[int, int]) -> Hashable:
+def _sequence(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return (type(value).__name__, tuple(_fingerprint(v, seen) for v in value))
 
 
-def _set(value: Any, seen: dict[int, int]) -> Hashable:
+def _set(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return ("set", tuple(sorted((_fingerprint(v, seen) for v in value), key=repr)))
 
 
-def _class(value: type, seen: dict[int, int]) -> Hashable:
+def _class(value: type, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if _is_library(value.__module__):
         return ("class", value.__module__, value.__qualname__)
     body = {n: v for n, v in vars(value).items() if isinstance(v, types.FunctionType)}
     return ("class", value.__module__, value.__qualname__, _fingerprint(body, seen))
 
 
-def _code_object(value: types.CodeType, seen: dict[int, int]) -> Hashable:
+def _code_object(value: types.CodeType, seen: dict[int, tuple[int, Any]]) -> Hashable:
     return _code(value)
 
 
@@ -176,8 +178,9 @@ class _Identity:
         return f"<{type(self.value).__qualname__}>"
 
 
-def _object(value: Any, seen: dict[int, int]) -> Hashable:
-    attributes = getattr(value, "__dict__", None)
+def _object(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
+    # A weak reference is a cache, such as the inverse that a NumPyro transform remembers once it was used.
+    attributes = {n: v for n, v in getattr(value, "__dict__", {}).items() if not isinstance(v, weakref.ref)}
     wrapped = getattr(value, "__wrapped__", None)
     if attributes:
         return ("object", _fingerprint(type(value), seen), _mapping(attributes, seen))
