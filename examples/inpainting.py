@@ -237,12 +237,13 @@ def study(mnist: bool = False) -> Study:
 
 
 def picture(found: Study, rows: int = 5, shown: int = 5):
-    """Some images from clear to doubtful: what is seen, truth, mean, sd, draws, and class probabilities."""
+    """Some images, the last the most doubtful: what is seen, truth, mean, sd, draws, and class probabilities."""
     import matplotlib.pyplot as plt
 
     p = found.probabilities
     entropy = -(p * np.log(p)).sum(1)
-    chosen = np.argsort(entropy)[np.linspace(0.25 * len(entropy), len(entropy) - 1, rows).astype(int)]
+    doubtful = np.geomspace(0.5 * len(entropy), 1, rows).astype(int)  # from the middle to the most doubtful
+    chosen = np.argsort(entropy)[-doubtful]
     titles = ["seen", "truth", "mean", "sd", *["draw"] * shown]
     figure, axes = plt.subplots(
         rows, len(titles) + 1, figsize=(1.02 * len(titles) + 2.2, 1.12 * rows), layout="constrained",

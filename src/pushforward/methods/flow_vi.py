@@ -27,6 +27,8 @@ _DENSE = 100
 _FRESH = 1024
 _WIDENING = 0.85
 """In units of the spread of the length of e, which does not depend on d."""
+_SCORE, _CUT = 4.0, 3.0
+"""Weight of the slope by scores while tempering, and the largest difference of log weights that it believes."""
 _LOG_2PI = 1.8378770664093453
 CORRECTIONS = {
     "none": "draws of the flow",
@@ -239,7 +241,7 @@ def _window(
         gains = jax.lax.stop_gradient(gains)
         gain = jnp.sum(weight * gains) / jnp.sum(weight)
         if power is not None:
-            surrogate = surrogate + (gains - gain) * scores
+            surrogate = surrogate + _SCORE * jnp.clip(gains - gain, -_CUT, _CUT) * scores
         return -jnp.mean(weight * surrogate), -(gain + 0.5 * d * _LOG_2PI)
 
     def step(s: Adam, item: tuple) -> tuple[Adam, Array]:

@@ -48,7 +48,9 @@ def check_model(model: Model, args: tuple, kwargs: dict) -> None:
         signature = inspect.signature(model)
     except (TypeError, ValueError):
         return
-    taken = [name for name in signature.parameters if name in RESERVED]
+    # `functools.partial` keeps in its signature what it binds by name.
+    free = [name for name in signature.parameters if name not in getattr(model, "keywords", {})]
+    taken = [name for name in free if name in RESERVED]
     if taken:
         raise ArgumentError(
             f"the model has a parameter {taken[0]!r}, a name that pushforward keeps for itself. Bind it first: "
