@@ -19,12 +19,13 @@ CHEAP = {
     "laplace": pf.Laplace(),
     "gaussian_vi": pf.GaussianVI(samples=64),
     "pathfinder": pf.Pathfinder(),
+    "flow_vi": pf.FlowVI(pf.Flow("coupling", layers=2, width=8), samples=64),
     "kalman": pf.Kalman(),
     "enkf": pf.EnKF(1000, pf.Perturbed()),
 }
 
-# Methods that the contract's problem, a state that never moves, is not for, or that would train a network for each of its
-# checks; their own tests hold them to exact answers, and `test_amortized.py` to the contract in the full run.
+# Methods that the contract's problem, a state that never moves, is not for, or that would train a network for each of
+# its checks; their own tests hold them to exact answers, and `test_amortized.py` to the contract in the full run.
 ELSEWHERE = {
     "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2", "amortized_flow", "neural_likelihood",
 }  # fmt: skip

@@ -143,6 +143,7 @@ CHANGED = {
     "laplace": pf.Laplace(curvature="gauss_newton", tolerance=1e-3),
     "gaussian_vi": pf.GaussianVI(covariance=pf.LowRank(3)),
     "pathfinder": pf.Pathfinder(),
+    "flow_vi": pf.FlowVI(pf.Flow("autoregressive", layers=2), correct="psis"),
     "amortized_flow": pf.AmortizedFlow("energy", embedding=pf.Sets(varying=True), sites=("a",)),
     "neural_likelihood": pf.NeuralLikelihood(pf.Flow("coupling", layers=2), sampler=pf.TemperedSMC(particles=50)),
     "kalman": pf.Kalman(pf.Unscented(alpha=0.5), inflation=1.1),

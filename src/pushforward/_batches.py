@@ -15,7 +15,8 @@ from pushforward.methods import _simulations
 from pushforward.methods.amortized_flow import AmortizedFlow, Trained
 from pushforward.model.inverse import InverseProblem, read_problem
 
-_AT_ONCE = 64
+_AT_ONCE = 4
+"""Data sets in one pass: few enough that their draws stay in the cache of a processor."""
 
 
 def is_batch(method: AmortizedFlow, given: Mapping[str, Any]) -> bool:

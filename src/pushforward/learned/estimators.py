@@ -1,8 +1,8 @@
 """What is learned of u given c: a conditional flow, a flow of matched velocities, an energy map, mean and sd.
 
 u of shape (d,) are coordinates whose prior is near N(0, I); c of shape (k,) is what an embedding makes of the data. A
-loss never evaluates a density of the model: it sees pairs (u, c) alone, and its expectation is least at the posterior (for
-`PointEstimate`, at its mean and variance).
+loss never evaluates a density of the model: it sees pairs (u, c) alone, and its expectation is least at the posterior
+(for `PointEstimate`, at its mean and variance).
 """
 
 from abc import abstractmethod

@@ -36,8 +36,8 @@ class Flow(eqx.Module):
     Affine "coupling" (RealNVP: Dinh, Sohl-Dickstein and Bengio 2017) and "autoregressive" layers (Kingma et al. 2016)
     are cheap and miss heavy or light tails; the "_spline" ones (Durkan et al. 2019) bend each coordinate freely on
     (-5, 5). "block_autoregressive" (De Cao, Titov and Aziz 2019) is one flexible network without an inverse in closed
-    form. Others, such as FlowJAX's triangular splines, are passed to `FlowVI` as the bijection that FlowJAX builds. In one dimension a coupling layer moves the one
-    coordinate by itself.
+    form. Others, such as FlowJAX's triangular splines, are passed to `FlowVI` as the bijection that FlowJAX builds. In
+    one dimension a coupling layer moves the one coordinate by itself.
 
     Args:
         architecture: one of `pushforward.learned.flows.ARCHITECTURES`.

@@ -57,7 +57,8 @@ class NeuralLikelihood(Method):
     Minimises ``E[-log q(y given z)]`` over pairs from prior and likelihood (Papamakarios, Sterratt and Murray 2019);
     its least value is reached at the likelihood itself. The posterior follows from the prior of the model, exactly
     N(0, I) in z, by any sampler of this library. Use it where the likelihood cannot be evaluated, the data are few
-    numbers, and the posterior is sharp or has several modes (with `TemperedSMC`); `AmortizedFlow` needs no sampler afterwards.
+    numbers, and the posterior is sharp or has several modes (with `TemperedSMC`); `AmortizedFlow` needs no sampler
+    afterwards.
 
     Args:
         estimator: a conditional flow over the data, by the name of its architecture or as `pf.Flow(...)`.
