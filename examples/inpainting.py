@@ -105,8 +105,8 @@ def train(images: Images, rng: np.random.Generator) -> pf.AmortizedFlow:
     """Learn the centre given the rest.
 
     The first tenth of the simulations judges the training. Copies of one image lie side by side, so that no image both
-    trains and judges. Flow matching was chosen among seven estimators by the scores of `study` on the 8 x 8 digits, as was
-    the width of its rival; its own sizes, of which four were tried, differ by little more than a standard error.
+    trains and judges. Flow matching was chosen among six kinds of estimators by the scores of `study` on the 8 x 8
+    digits; its own sizes, of which four were tried, differ by little more than a standard error.
     """
     centre, rest = images.parts(COPIES, rng)
     method = pf.AmortizedFlow(
