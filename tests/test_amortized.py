@@ -206,6 +206,9 @@ def test_simulations_from_outside_become_noise():
     chunks = ({n: v[i : i + 100] for n, v in {**sites, **data}.items()} for i in (0, 100, 200))
     fitted = method.fit(model, observed="y", simulations=chunks, progress=False)
     assert fitted.trained.simulations == 300
+    # The density of the model need not be that of simulations from outside: no weights, no evidence.
+    tree = pf.infer(model, method=fitted, y=np.zeros(2), draws=20, progress=False)
+    assert not {"khat", "log_evidence"} & set(pf.attributes(tree))
     with pytest.raises(DataError, match="lacks the site 'b'"):
         method.fit(model, observed="y", simulations={"a": sites["a"], "y": data["y"]})
     with pytest.raises(DataError, match=r"simulations\['b'\] has shape \(300,\)"):

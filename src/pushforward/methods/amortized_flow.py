@@ -38,6 +38,7 @@ class Trained(eqx.Module):
         losses: mean training and held-out loss by epoch, (2, epochs).
         simulations: number of simulations.
         local: whether it was trained for one data set only.
+        given: whether the simulations came from outside, so that the model's densities need not be theirs.
     """
 
     conditional: Conditional
@@ -47,6 +48,7 @@ class Trained(eqx.Module):
     losses: Array
     simulations: int
     local: bool = False
+    given: bool = False
 
 
 class AmortizedFlow(Method):
@@ -129,8 +131,8 @@ class AmortizedFlow(Method):
             *args: its positional arguments.
             observed: names of the data sites, for a model that is called without its data.
             simulations: None to draw them from the model; or a dictionary of arrays by site name (latent sites that are
-                inferred, and data) with a leading axis, or an iterable of such dictionaries, read once. They must
-                come from the prior of the model.
+                inferred, and data) with a leading axis, or an iterable of such dictionaries, read once. The first
+                share of them, `Training(held_out=...)`, judges: shuffle those that are sorted.
             key: an integer or a typed JAX key.
             checkpoint: file to which the training writes its state, and from which it resumes.
             progress: whether to show a progress bar.
@@ -234,7 +236,8 @@ class AmortizedFlow(Method):
             total = len(u) + (_epochs(fitted) * self.simulations if streamed else 0)
         _check_fit(fitted)
         simulated = 0 if simulations is not None else total
-        return Trained(found, sites, shapes, arguments, fitted.losses, total, self.rounds > 1), simulated
+        local, outside = self.rounds > 1, simulations is not None
+        return Trained(found, sites, shapes, arguments, fitted.losses, total, local, outside), simulated
 
     def _arranged(self, trained: Trained, problem: InverseProblem) -> Array:
         """The observed data as the networks take them."""
@@ -252,7 +255,8 @@ class AmortizedFlow(Method):
     def _weighed(self, problem: InverseProblem, trained: Trained) -> bool:
         """Whether both densities are there, so that importance weights say how good the draws are."""
         whole = len(trained.sites) == len(problem.structure.slots)
-        return whole and self.estimator.has_density and not problem.structure.without_density
+        exact = not problem.structure.without_density and not trained.given
+        return whole and exact and self.estimator.has_density
 
 
 def _epochs(fitted: Fit) -> int:
