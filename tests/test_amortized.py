@@ -1,5 +1,6 @@
 """AmortizedFlow and NeuralLikelihood: exact answers on linear Gaussian models, promises of trained methods, errors."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,3 +345,17 @@ def test_bod_bars(simulations, limit):
     for y in (bod.DATA, bod.SECOND_DATA):
         found = pf.attributes(pf.infer(bod.model, method=method, t=bod.TIMES, y=y, progress=False))
         assert exact.bod_log_evidence(y) - found["elbo"] < limit
+
+
+@pytest.mark.slow
+def test_it_is_calibrated():
+    """Ranks, log likelihood and TARP over 100 data sets; the level of all tests together is .001."""
+    method = pf.AmortizedFlow(simulations=20_000).fit(linear, observed="y", matrix=MATRIX, progress=False)
+    tree = pf.calibrate(method, linear, matrix=MATRIX, n=100, level=0.001, progress=False)
+    found = pf.attributes(tree)
+    assert found["calibrated"]
+    assert found["compilations"] == 1
+    narrow = eqx.tree_at(lambda m: m.trained.conditional.spread, method, 0.6 * method.trained.conditional.spread)
+    assert not pf.attributes(pf.calibrate(narrow, linear, matrix=MATRIX, n=100, level=0.001, progress=False))[
+        "calibrated"
+    ]

@@ -40,8 +40,7 @@ def each(f):
 
 
 CASES = [(name, d, "sampling") for name in ARCHITECTURES[:4] for d in (1, 3)]
-CASES += [(name, 3, "sampling") for name in ARCHITECTURES[4:]]
-CASES += [(name, 3, "density") for name in ("autoregressive_spline", "triangular_spline")]
+CASES += [("block_autoregressive", 3, "sampling"), ("autoregressive_spline", 3, "density")]
 
 
 @pytest.mark.parametrize(("name", "dimension", "fast"), CASES)
@@ -94,7 +93,7 @@ def test_conditions(name, dimension):
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES[:5])
+@pytest.mark.parametrize("name", ARCHITECTURES[:4])
 def test_density_integrates_to_one(name, dimension):
     with jax.enable_x64(True):
         weights = weights_far_from_the_identity(name, dimension, strength=0.2)
@@ -148,8 +147,8 @@ def slopes_of_weights(name):
 @pytest.mark.parametrize("term", [0, 1])
 @pytest.mark.parametrize("name", ["coupling_spline", "autoregressive"])
 def test_slopes_by_the_weights(name, term):
-    found, exact = slopes_of_weights(name)
-    np.testing.assert_allclose(found[term], exact[term], atol=1e-6 * float(jnp.abs(exact[term]).max()))
+    found, exact = (np.asarray(values[term]) for values in slopes_of_weights(name))
+    np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES[:4])

@@ -13,13 +13,14 @@ def evidence_summary(log_weights: Array) -> dict[str, float]:
     """
     weights = np.asarray(log_weights, float)
     root = np.sqrt(weights.shape[0])
-    elbo = weights.mean(1)
     with np.errstate(all="ignore"):
+        elbo = weights.mean(1)
+        elbo_se = elbo.std(ddof=1) / root
         evidence = weights.max() + np.log(np.mean(np.exp(weights - weights.max())))
         relative = np.exp(weights - evidence).mean(1)
     return {
         "elbo": elbo.mean(),
-        "elbo_se": elbo.std(ddof=1) / root,
+        "elbo_se": elbo_se,
         "log_evidence": evidence,
         "log_evidence_se": relative.std(ddof=1) / root,
     }
