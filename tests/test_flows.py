@@ -39,8 +39,10 @@ def each(f):
     return jax.jit(jax.vmap(f))
 
 
+FAST = [("coupling_spline", 3, "sampling"), ("autoregressive", 3, "sampling"), ("coupling", 1, "sampling")]
 CASES = [(name, d, "sampling") for name in ARCHITECTURES[:4] for d in (1, 3)]
 CASES += [("block_autoregressive", 3, "sampling"), ("autoregressive_spline", 3, "density")]
+CASES = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize(("name", "dimension", "fast"), CASES)
@@ -74,7 +76,12 @@ def test_inverse_log_determinants_and_slopes(name, dimension, fast):
 
 @pytest.mark.parametrize(
     ("name", "dimension"),
-    [("coupling_spline", 1), ("coupling_spline", 3), ("autoregressive", 1), ("autoregressive_spline", 3)],
+    [
+        ("coupling_spline", 3),
+        ("autoregressive", 1),
+        pytest.param("coupling_spline", 1, marks=pytest.mark.slow),
+        pytest.param("autoregressive_spline", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_conditions(name, dimension):
     with jax.enable_x64(True):
@@ -93,7 +100,9 @@ def test_conditions(name, dimension):
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES[:4])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "coupling_spline" else pytest.mark.slow) for n in ARCHITECTURES[:4]]
+)
 def test_density_integrates_to_one(name, dimension):
     with jax.enable_x64(True):
         weights = weights_far_from_the_identity(name, dimension, strength=0.2)
@@ -145,7 +154,7 @@ def slopes_of_weights(name):
 
 
 @pytest.mark.parametrize("term", [0, 1])
-@pytest.mark.parametrize("name", ["coupling_spline", "autoregressive"])
+@pytest.mark.parametrize("name", ["coupling_spline", pytest.param("autoregressive", marks=pytest.mark.slow)])
 def test_slopes_by_the_weights(name, term):
     found, exact = (np.asarray(values[term]) for values in slopes_of_weights(name))
     np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
