@@ -27,7 +27,7 @@ SHORT = {
     "laplace": "pf.Laplace()",
     "gaussian_vi": "pf.GaussianVI(samples=64)",
     "pathfinder": "pf.Pathfinder()",
-    "flow_vi": "pf.FlowVI(pf.Flow('coupling', layers=2, width=8), samples=64, steps=50)",
+    "flow_vi": "pf.FlowVI(pf.Flow('coupling', layers=2, width=8), samples=64, steps=50, learning_rate=1e-5)",
     "amortized_flow": "pf.AmortizedFlow(pf.PointEstimate(8, 1), simulations=200, training=pf.Training(epochs=2))",
     "neural_likelihood": "pf.NeuralLikelihood('coupling', simulations=200, training=pf.Training(epochs=1), "
     "sampler=pf.Laplace())",
