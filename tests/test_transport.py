@@ -102,6 +102,7 @@ def test_bod_bars(data):
     assert found["khat"] < 0.7
 
 
+@pytest.mark.filterwarnings("ignore:FlowVI. The run used up its steps")
 @pytest.mark.slow
 @pytest.mark.parametrize("correct", ["psis", "imh"])
 def test_corrections_remove_the_error(correct):
