@@ -20,6 +20,10 @@ CHEAP = {
     "gaussian_vi": pf.GaussianVI(samples=64),
     "pathfinder": pf.Pathfinder(),
     "flow_vi": pf.FlowVI(pf.Flow("coupling", layers=2, width=8), samples=64),
+    "eki": pf.EKI(1000),
+    "eks": pf.EKS(200),
+    "aldi": pf.ALDI(200),
+    "uki": pf.UKI(),
     "kalman": pf.Kalman(),
     "enkf": pf.EnKF(1000, pf.Perturbed()),
 }

@@ -146,6 +146,10 @@ CHANGED = {
     "flow_vi": pf.FlowVI(pf.Flow("autoregressive", layers=2), correct="psis"),
     "amortized_flow": pf.AmortizedFlow("energy", embedding=pf.Sets(varying=True), sites=("a",)),
     "neural_likelihood": pf.NeuralLikelihood(pf.Flow("coupling", layers=2), sampler=pf.TemperedSMC(particles=50)),
+    "eki": pf.EKI(20, update="perturbed", schedule=(2.0, 2.0), inflation=pf.RTPS(0.2)),
+    "eks": pf.EKS(50, step=0.1),
+    "aldi": pf.ALDI(50, time=4.0),
+    "uki": pf.UKI(5, step=0.3),
     "kalman": pf.Kalman(pf.Unscented(alpha=0.5), inflation=1.1),
     "enkf": pf.EnKF(20, pf.LETKF(3.0), inflation=pf.RTPS(0.4), rotate=True, smoother=pf.EnKS(lag=None)),
     "particle_filter": pf.ParticleFilter(

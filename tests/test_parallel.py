@@ -29,6 +29,10 @@ SHORT = {
     "pathfinder": "pf.Pathfinder()",
     "flow_vi": "pf.FlowVI(pf.Flow('coupling', layers=2, width=8), samples=64, steps=50, learning_rate=1e-5)",
     "amortized_flow": "pf.AmortizedFlow(pf.PointEstimate(8, 1), simulations=200, training=pf.Training(epochs=2))",
+    "eki": "pf.EKI(20)",
+    "eks": "pf.EKS(20, time=0.5)",
+    "aldi": "pf.ALDI(20, time=0.5)",
+    "uki": "pf.UKI(5)",
     "neural_likelihood": "pf.NeuralLikelihood('coupling', simulations=200, training=pf.Training(epochs=1), "
     "sampler=pf.Laplace())",
 }

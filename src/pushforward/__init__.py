@@ -13,9 +13,13 @@ from pushforward.learned.flow_prior import FlowPrior
 from pushforward.learned.flows import Flow
 from pushforward.local_calibration import local_check
 from pushforward.methods import (
+    ALDI,
+    EKI,
+    EKS,
     NUTS,
     PMMH,
     SMC2,
+    UKI,
     AmortizedFlow,
     DiscreteHMM,
     EnKF,
@@ -66,6 +70,7 @@ from pushforward.methods._particle_parts import (
 )
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
+from pushforward.model.simulator import simulator
 from pushforward.online import online
 from pushforward.plot_calibration import plot_calibration
 from pushforward.plot_diagnostics import plot_diagnostics
@@ -74,6 +79,9 @@ from pushforward.posterior import attributes
 from pushforward.predictive import add_log_likelihood, predict, prior
 
 __all__ = [
+    "ALDI",
+    "EKI",
+    "EKS",
     "ETKF",
     "LETKF",
     "NUTS",
@@ -81,6 +89,7 @@ __all__ = [
     "RTPP",
     "RTPS",
     "SMC2",
+    "UKI",
     "Adaptive",
     "Additive",
     "AmortizedFlow",
@@ -158,4 +167,5 @@ __all__ = [
     "predict",
     "prior",
     "save",
+    "simulator",
 ]

@@ -11,7 +11,9 @@ from pushforward.methods.discrete_hmm import DiscreteHMM
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.nuts import NUTS
 from pushforward.methods.pmmh import PMMH
+from pushforward.methods.tempered_smc import TemperedSMC
 from pushforward.model.inverse import InverseProblem
+from pushforward.model.simulator import WITHOUT_GRADIENT, holds_simulator, simulators
 from pushforward.model.state_space import read_state_space
 
 
@@ -34,6 +36,7 @@ def choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, A
             f"method= takes a name ({', '.join(['auto', *NAMES])}) or an instance such as pf.NUTS(); "
             f"got {type(method).__name__}."
         )
+    _check_gradient(method, problem)
     if states is not None:
         _states.check_given(states, method, problem)
     elif method.needs_density and not isinstance(method, StateMethod) and problem.why_not_continuous:
@@ -49,6 +52,8 @@ def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
         return PMMH(), states, "the state method's likelihood has no gradient: PMMH is exact for the parameters"
     if states is not None:
         return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
+    if holds_simulator(problem):
+        return _without_gradient(problem)
     if problem.structure.discrete:
         return _discrete(problem)
     space, reason = _states.automatic(problem)
@@ -59,6 +64,22 @@ def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
     if reason:
         return NUTS(), None, f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
     return NUTS(), None, "differentiable model: NUTS is the reference"
+
+
+def _check_gradient(method: Method, problem: InverseProblem) -> None:
+    if method.gradients and method.needs_density and holds_simulator(problem):
+        raise MethodError(
+            f"{type(method).__name__} needs the gradient of the log density, and the model calls "
+            f"{', '.join(map(repr, simulators(problem)))}, which has none. Write {WITHOUT_GRADIENT}."
+        )
+
+
+def _without_gradient(problem: InverseProblem) -> tuple[Method, Any, str]:
+    """For a model with a simulator; the method's own `why_not` has the last word."""
+    kind = NAMES.get("eki", TemperedSMC)
+    if kind().why_not(problem) is None and kind is not TemperedSMC:
+        return kind(), None, "the model calls a simulator without gradient and its likelihood is Gaussian: EKI"
+    return TemperedSMC(), None, "the model calls a simulator without gradient: TemperedSMC is exact, in many runs"
 
 
 def _discrete(problem: InverseProblem) -> tuple[Method, Any, str]:

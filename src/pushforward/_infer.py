@@ -25,6 +25,7 @@ from pushforward.methods.amortized_flow import AmortizedFlow
 from pushforward.model._arguments import bound, split
 from pushforward.model._fingerprint import fingerprint, stable_text
 from pushforward.model.inverse import InverseProblem, check_data, diagnose, read_problem, shape_warnings
+from pushforward.model.simulator import Watch
 
 _LIBRARIES = ("pushforward", "jax", "numpyro", "blackjax", "arviz", "equinox")
 
@@ -101,6 +102,7 @@ def infer(
     method, states, reason = choose(method, states, problem)
     _states.check_needed(method, states)
     method.check_call(given)
+    watch = Watch(problem)
     path = _checkpoint_path(checkpoint)
     identity = _identity(model, args, kwargs, (method, states), key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
@@ -111,9 +113,10 @@ def infer(
     else:
         found = _with_khat(method.run(problem, key, draws, runner))
         groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
+    watch.check()
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
     outcome = _outcome(found)
-    cautions = shape_warnings(problem) + _usage_warnings(method, runner) + method.warnings(found)
+    cautions = shape_warnings(problem) + _usage_warnings(method, runner) + method.warnings(found) + watch.notes()
     cautions += _convergence(found, groups["posterior"])
     cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
     attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
@@ -122,9 +125,10 @@ def infer(
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
         known = method.failure(found)
-        if known is None:
+        if known is None and not watch.notes():
             diagnose(problem)
-        raise InferenceError(f"{type(method).__name__}: {known or outcome.text}", outcome, tree)
+        said = " ".join([known or outcome.text, *watch.notes()])
+        raise InferenceError(f"{type(method).__name__}: {said}", outcome, tree)
     for caution in cautions if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
         warnings.warn(f"{type(method).__name__}: {caution}", UserWarning, stacklevel=2)
     return tree

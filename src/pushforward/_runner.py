@@ -54,7 +54,7 @@ class Runner:
         self.run_seconds += time.perf_counter() - start
         return result
 
-    def loop(self, advance: Callable, state: Any, total: int, *args: Any) -> Any:
+    def loop(self, advance: Callable, state: Any, total: int, *args: Any, every: int | None = None) -> Any:
         """Run `state = advance(state, start, stop, *args)` over `total` steps in chunks.
 
         Args:
@@ -65,7 +65,7 @@ class Runner:
         """
         start, state = self._resume(state)
         chunks = _CHUNKS if self.progress or self.checkpoint else 1
-        size = max(1, -(-total // chunks))
+        size = every if every and self.checkpoint else max(1, -(-total // chunks))
         with _bar(self.progress, self.label, start, total) as bar:
             while start < total:
                 stop = min(start + size, total)

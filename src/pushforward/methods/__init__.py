@@ -1,7 +1,10 @@
 """INFER: one file per method, one class per file."""
 
+from pushforward.methods.aldi import ALDI
 from pushforward.methods.amortized_flow import AmortizedFlow
 from pushforward.methods.discrete_hmm import DiscreteHMM
+from pushforward.methods.eki import EKI
+from pushforward.methods.eks import EKS
 from pushforward.methods.enkf import EnKF
 from pushforward.methods.flow_vi import FlowVI
 from pushforward.methods.gaussian_vi import GaussianVI
@@ -16,6 +19,7 @@ from pushforward.methods.pcn import PreconditionedCrankNicolson
 from pushforward.methods.pmmh import PMMH
 from pushforward.methods.smc2 import SMC2
 from pushforward.methods.tempered_smc import TemperedSMC
+from pushforward.methods.uki import UKI
 
 NAMES = {
     "nuts": NUTS,
@@ -27,6 +31,10 @@ NAMES = {
     "flow_vi": FlowVI,
     "amortized_flow": AmortizedFlow,
     "neural_likelihood": NeuralLikelihood,
+    "eki": EKI,
+    "eks": EKS,
+    "aldi": ALDI,
+    "uki": UKI,
     "kalman": Kalman,
     "enkf": EnKF,
     "discrete_hmm": DiscreteHMM,

@@ -170,6 +170,12 @@ class InverseProblem(eqx.Module):
 
     def why_not_gaussian(self) -> str | None:
         """Why `forward` does not describe the likelihood, or None where it does."""
+        known = self.structure.remembered
+        if "why_not_gaussian" not in known:
+            known["why_not_gaussian"] = self._why_not_gaussian()
+        return known["why_not_gaussian"]
+
+    def _why_not_gaussian(self) -> str | None:
         for name, reason in eqx.filter_eval_shape(self._observed_laws).items():
             if reason is not None:
                 return f"site '{name}' {reason}"
