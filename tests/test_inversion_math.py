@@ -182,7 +182,7 @@ def test_perturbed_mean_is_kalmans_whatever_the_noise():
     close(np.mean(perturbed(z @ operator.T, data, 0.3, noise), 0), np.mean(transform(z @ operator.T, data, 0.3), 0))
 
 
-@pytest.mark.parametrize("h", [1.0, 0.2])
+@pytest.mark.parametrize("h", [pytest.param(1.0, marks=pytest.mark.slow), 0.2])
 def test_perturbations_of_dense_noise_have_its_covariance(h):
     # Observation of the whole state: what a member moves beyond the gain times its residual is K e, e the perturbation.
     # z < 5 for six entries: a false alarm in 3e5 runs.
@@ -210,7 +210,7 @@ def test_perturbations_of_dense_noise_have_its_covariance(h):
 
 
 @pytest.mark.parametrize(("d", "m"), SMALL)
-@pytest.mark.parametrize("members", [2, 8])
+@pytest.mark.parametrize("members", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_unperturbed_step_against_the_dense_update(members, d, m):
     operator, data = linear(d, m)
     z, h = draws(members, d), 0.3
@@ -349,7 +349,7 @@ def balanced(z, seed=0):
     return np.sqrt(members) * free @ left.T
 
 
-@pytest.mark.parametrize(("members", "d"), [(3, 6), (6, 6), (15, 6)])
+@pytest.mark.parametrize(("members", "d"), [(3, 6), pytest.param(6, 6, marks=pytest.mark.slow), (15, 6)])
 @pytest.mark.parametrize("growing", [False, True])
 def test_sampler_step_against_the_dense_step(members, d, growing):
     r = np.random.default_rng(2)

@@ -8,6 +8,7 @@ from pushforward.methods import NAMES
 from pushforward.methods._base import Method
 from pushforward.methods._state import StateMethod
 from pushforward.methods.discrete_hmm import DiscreteHMM
+from pushforward.methods.eki import EKI
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.nuts import NUTS
 from pushforward.methods.pmmh import PMMH
@@ -76,9 +77,8 @@ def _check_gradient(method: Method, problem: InverseProblem) -> None:
 
 def _without_gradient(problem: InverseProblem) -> tuple[Method, Any, str]:
     """For a model with a simulator; the method's own `why_not` has the last word."""
-    kind = NAMES.get("eki", TemperedSMC)
-    if kind().why_not(problem) is None and kind is not TemperedSMC:
-        return kind(), None, "the model calls a simulator without gradient and its likelihood is Gaussian: EKI"
+    if EKI().why_not(problem) is None:
+        return EKI(), None, "the model calls a simulator without gradient and its likelihood is Gaussian: EKI"
     return TemperedSMC(), None, "the model calls a simulator without gradient: TemperedSMC is exact, in many runs"
 
 

@@ -10,6 +10,7 @@ from pushforward.methods._pseudo_marginal import OverStates
 from pushforward.methods._state import StateMethod
 from pushforward.model._reading import Site
 from pushforward.model.inverse import InverseProblem, read_problem
+from pushforward.model.simulator import holds_simulator
 from pushforward.model.state_space import StateSpace, read_state_space
 
 
@@ -62,6 +63,8 @@ def _misfit(method: Method, problem: InverseProblem, chain: StateSpace | None, r
     if not isinstance(method, StateMethod):
         if isinstance(method, OverStates):
             return reason or "with states=: it infers the parameters over a state method"
+        if method.gradients and method.needs_density and holds_simulator(problem):
+            return "the model calls a simulator, which has no gradient"
         return problem.why_not_continuous or method.why_not(problem)
     if chain is None:
         return reason
