@@ -3,6 +3,7 @@
 Laws of the updates themselves are in `test_inversion_math.py`.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 import exact
 import pushforward as pf
-from pushforward._errors import InferenceError, MethodError
+from pushforward._errors import ArgumentError, InferenceError, MethodError
 from pushforward._runner import Runner
 from pushforward.methods._inversion import Inversion, Step, moved
 from pushforward.methods.eki import _transform
@@ -290,6 +291,49 @@ def test_a_run_resumes_to_the_identical_result(tmp_path, monkeypatch):
     again = pf.infer(linear, y=DATA, progress=False, **options)
     assert count == [1, 2]
     np.testing.assert_array_equal(draws_of(again), draws_of(whole))
+
+
+# ------------------------------------------------------------------------------------------------- ask and tell
+
+
+def ask_and_tell(method, path, **options):
+    """A run whose outputs are computed by numpy, its state written to a file and read again before each step."""
+    state = method.start(linear, y=DATA, **options)
+    while not state.finished:
+        pf.save(path, state)
+        state = pf.load(path)
+        state = method.tell(state, np.asarray(state.members["x"]) @ FORWARD.T, linear, y=DATA, **options)
+    return state
+
+
+@pytest.mark.parametrize("method", [pf.EKI(12), pf.EKI(12, update="perturbed", schedule=2, minibatch=3)], ids=repr)
+def test_asking_and_telling_is_the_same_run(method, tmp_path):
+    state = ask_and_tell(method, tmp_path / "state.pf")
+    np.testing.assert_allclose(state.members["x"], draws_of(run(method)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"the ensemble is finished: state.members are the result"):
+        method.tell(state, np.zeros((12, M)), linear, y=DATA)
+
+
+def test_what_is_told_wrongly(tmp_path):
+    method = pf.EKI(6)
+    state = method.start(linear, y=DATA)
+    assert state.members["x"].shape == (6, D)
+    with pytest.raises(ArgumentError, match=r"outputs of 'y' have shape \(5, 5\); told must be .*\(6, 5\). Write NaN"):
+        method.tell(state, np.zeros((5, M)), linear, y=DATA)
+    with pytest.raises(ArgumentError, match=r"names of the observed sites, \['y'\]; got \['z'\]"):
+        method.tell(state, {"z": np.zeros((6, M))}, linear, y=DATA)
+    with pytest.raises(InferenceError, match=r"fewer than 2 members") as caught:
+        method.tell(state, {"y": np.full((6, M), np.nan)}, linear, y=DATA)
+    assert caught.value.partial is state
+    with pytest.raises(InferenceError, match=r"outputs are the same for all members"):
+        method.tell(state, np.ones((6, M)), linear, y=DATA)
+    same = eqx.tree_at(lambda s: s.inversion.z, state, jnp.ones_like(state.inversion.z))
+    with pytest.raises(InferenceError, match=r"all members are identical"):
+        method.tell(same, GENERATOR.normal(size=(6, M)), linear, y=DATA)
+    with pytest.raises(MethodError, match=r"to ask and tell, leave noise= out"):
+        pf.EKI(noise="simulated").start(linear, y=DATA)
+    with pytest.raises(MethodError, match=r"EKI does not fit this model: the noise of site 'y' depends on"):
+        method.start(scaled, y=np.ones(3))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -14,6 +14,7 @@ from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.math import inversion
+from pushforward.methods import _asked
 from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
 from pushforward.methods._ensemble_parts import Adaptive, Inflation, NoInflation
 from pushforward.methods._inversion import (
@@ -27,7 +28,7 @@ from pushforward.methods._inversion import (
     summary_of,
 )
 from pushforward.methods._outputs import Units, flat, predict, simulate_twice, succeeded
-from pushforward.model.inverse import InverseProblem
+from pushforward.model.inverse import InverseProblem, read_problem
 
 UPDATES = {
     "transform": "symmetric square root; exact for linear Gaussian models with any number of members",
@@ -145,13 +146,59 @@ class EKI(Method):
         if units is not None:
             check_units(units)
         m = sum(int(np.size(v)) for v in problem.observed_values().values())
-        if self.minibatch > m:
-            raise MethodError(f"EKI(minibatch={self.minibatch}): the model has {m} data.")
-        epoch = -(-m // self.minibatch) if self.minibatch else 1
-        first = Inversion.start(jax.random.normal(jax.random.fold_in(key, 0), (self.members, problem.dimension)))
+        epoch = self._epoch(m)
+        first = Inversion.start(self._prior(problem, key))
         last = runner.loop(_advance, first, self._steps(epoch), self, problem, units, epoch, key, runner.mesh, every=1)
         runs = 2 if self.noise == "simulated" else 1
         return packaged(last, self.time, draws, runs * self.members)
+
+    def start(self, model: Any, *args: Any, key: int | Key = 0, **kwargs: Any) -> _asked.Asked:
+        """Begin a run whose simulations are made elsewhere.
+
+        Args:
+            model: a NumPyro model; its forward map need not be one that can run here, only its shapes and noise count.
+            *args: its positional arguments, data included.
+            key: an integer or a typed JAX key.
+            **kwargs: its named arguments.
+
+        Returns:
+            A state: simulate `state.members` (values of the latent sites, leading axis of the members), give the
+            outputs to `tell`, and repeat until `state.finished`. The result does not depend on who simulates:
+            it is that of `infer` with the same key.
+        """
+        problem = read_problem(model, args, kwargs)
+        misfit = self.why_not(problem)
+        if misfit:
+            raise MethodError(f"EKI does not fit this model: {misfit}.")
+        check_units(Runner().call(Units.of, problem))
+        typed = jax.random.key(key) if isinstance(key, int) else key
+        return _asked.start(self, problem, typed, self._prior(problem, typed))
+
+    def tell(self, state: _asked.Asked, outputs: Any, model: Any, *args: Any, **kwargs: Any) -> _asked.Asked:
+        """Take in the outputs of the members and move them.
+
+        Args:
+            state: what `start` or the last `tell` returned, or `pf.load` of it.
+            outputs: means of the observed sites for all members, by site name (or one array where there is one site),
+                (members, *shape of the data); NaN for members that failed.
+            model: the model that the run began with.
+            *args: its positional arguments.
+            **kwargs: its named arguments.
+
+        Returns:
+            The next state.
+
+        Raises:
+            ArgumentError: outputs of another shape, or a finished run.
+            InferenceError: fewer than 2 members succeeded; `partial` is the state that was given.
+        """
+        problem = read_problem(model, args, kwargs)
+        values = _asked.values_of(state, problem, outputs)
+        epoch = self._epoch(sum(v[0].size for v in values.values()))
+        key = jax.random.wrap_key_data(state.key)
+        return _asked.after(
+            self, problem, state, Runner().call(_answered, state.inversion, self, problem, values, epoch, key)
+        )
 
     def failure(self, draws: Draws) -> str | None:
         """See `Method.failure`."""
@@ -160,6 +207,15 @@ class EKI(Method):
     def warnings(self, draws: Draws) -> list[str]:
         """Many failures."""
         return failure_warnings(draws, self.members)
+
+    def _prior(self, problem: InverseProblem, key: Key) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, 0), (self.members, problem.dimension))
+
+    def _epoch(self, m: int) -> int:
+        """Steps in a pass over m data."""
+        if self.minibatch > m:
+            raise MethodError(f"EKI(minibatch={self.minibatch}): the model has {m} data.")
+        return -(-m // self.minibatch) if self.minibatch else 1
 
     def _steps(self, epoch: int) -> int:
         if self.schedule == "adaptive":
@@ -246,6 +302,14 @@ def _advance(
         return _told(s, told, method, epoch, key, keys)
 
     return jax.lax.while_loop(going, step, state)
+
+
+def _answered(
+    s: Inversion, method: EKI, problem: InverseProblem, values: dict[str, Array], epoch: int, key: Key
+) -> Inversion:
+    """The state after a step whose outputs were told by the user."""
+    keys = jax.random.split(jax.random.fold_in(key, 1 + s.steps), 4)
+    return _told(s, _asked.told_of(problem, values, keys[0], method.update == "perturbed"), method, epoch, key, keys)
 
 
 def _told(s: Inversion, told: Step, method: EKI, epoch: int, key: Key, keys: Key) -> Inversion:
