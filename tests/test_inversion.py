@@ -15,8 +15,7 @@ import exact
 import pushforward as pf
 from pushforward._errors import ArgumentError, InferenceError, MethodError
 from pushforward._runner import Runner
-from pushforward.methods._inversion import Inversion, Step, moved
-from pushforward.methods.eki import _transform
+from pushforward.methods._inversion import UPDATES, Inversion, Step, moved
 from pushforward.model.inverse import read_problem
 from pushforward.problems import bod
 
@@ -210,11 +209,11 @@ def test_failed_members_take_no_part(float64):
     present = np.arange(300) % 3 > 0
     g[~present] = 1e30
     told = Step(jnp.asarray(g), jnp.ones(4), None, jnp.asarray(present))
-    after = np.asarray(moved(Inversion.start(jnp.asarray(z)), told, jnp.asarray(0.4), _transform, jax.random.key(0)).z)
+    after = np.asarray(moved(Inversion.start(jnp.asarray(z)), told, jnp.asarray(0.4), UPDATES["transform"], jax.random.key(0)).z)
     alone = Step(jnp.asarray(g[present]), jnp.ones(4), None, jnp.ones(200, bool))
     start = Inversion.start(jnp.asarray(z[present]))
     np.testing.assert_allclose(
-        after[present], moved(start, alone, jnp.asarray(0.4), _transform, jax.random.key(0)).z, rtol=1e-10
+        after[present], moved(start, alone, jnp.asarray(0.4), UPDATES["transform"], jax.random.key(0)).z, rtol=1e-10
     )
     # A hundred draws of a Gaussian: five standard errors of mean and covariance.
     spread = after[present].std(0)

@@ -11,6 +11,7 @@ from pushforward.learned.estimators import EnergyMap, FlowMatching, PointEstimat
 from pushforward.learned.fitting import Training
 from pushforward.learned.flow_prior import FlowPrior
 from pushforward.learned.flows import Flow
+from pushforward.learned.surrogate import Surrogate
 from pushforward.local_calibration import local_check
 from pushforward.methods import (
     ALDI,
@@ -54,6 +55,7 @@ from pushforward.methods._ensemble_parts import (
 from pushforward.methods._guide import Guide
 from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
 from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
+from pushforward.methods._localisation import ByCorrelation, ByDistance
 from pushforward.methods._particle_parts import (
     AncestorTracing,
     BackwardMoves,
@@ -98,6 +100,8 @@ __all__ = [
     "BackwardMoves",
     "BackwardSimulation",
     "Bootstrap",
+    "ByCorrelation",
+    "ByDistance",
     "Cubature",
     "DEnKF",
     "Diagonal",
@@ -144,6 +148,7 @@ __all__ = [
     "Sets",
     "StopGradient",
     "Stratified",
+    "Surrogate",
     "Systematic",
     "TemperedSMC",
     "Training",

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pushforward import _batches, _evaluate, _states, filter_diagnostics, parallel, posterior
+from pushforward import _batches, _evaluate, _states, _surrogates, filter_diagnostics, parallel, posterior
 from pushforward._choice import choose
-from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, Outcome
+from pushforward._errors import ArgumentError, DataError, InferenceError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Key, Model
 from pushforward.methods._base import Draws, Method, content
@@ -57,7 +57,8 @@ def infer(
         method: an instance such as ``pf.NUTS(chains=2)``, a name such as ``"laplace"``, or ``"auto"``.
         states: a state method such as ``pf.Kalman()`` that integrates the trajectory of a `scan` out while `method`
             infers the parameters; the result holds both.
-        surrogate: a trained surrogate of the forward model. This version has none.
+        surrogate: `pf.Surrogate(...)`, fitted or not, which stands in for the model's predictions; its error is added
+            to the noise. Only ``pf.NUTS(corrected=True)`` then runs the model.
         observed: names of the sites that must be data; an error names those that no argument observes.
         key: an integer or a typed JAX key.
         draws: draws per chain.
@@ -90,23 +91,28 @@ def infer(
         >>> round(float(tree["posterior"]["mean"].mean()), 1)
         2.0
     """
-    _check_options(draws, surrogate, throw, progress, predictive)
+    _check_options(draws, throw, progress, predictive)
     mesh, key, label = parallel.check_mesh(mesh), *_typed_key(key)
     given = bound(model, args, kwargs)
     observed = observed or getattr(method, "observed", None)
-    if isinstance(method, AmortizedFlow) and _batches.is_batch(method, given):
+    if surrogate is None and isinstance(method, AmortizedFlow) and _batches.is_batch(method, given):
         return _batches.infer_batch(method, model, given, key, label, draws, coords, dims)
     problem = read_problem(model, args, kwargs, observed)
     notes = _check_problem(problem, observed)
     labels = posterior.Labels(problem.sites, coords, dims, _argument_names(model, args, kwargs))
-    method, states, reason = choose(method, states, problem)
+    stand_in = _surrogates.read(surrogate, method, states, predictive, problem, (model, args, kwargs), key)
+    method, states, reason = choose(method, states, stand_in.problem if stand_in else problem)
     _states.check_needed(method, states)
+    _surrogates.check_method(method, stand_in)
     method.check_call(given)
     watch = Watch(problem)
     path = _checkpoint_path(checkpoint)
-    identity = _identity(model, args, kwargs, (method, states), key, draws) if path else ""
+    identity = _identity(model, args, kwargs, (method, states, surrogate), key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
-    if isinstance(method, StateMethod) or states is not None:
+    if stand_in:
+        found = _with_khat(stand_in.run(method, key, draws, runner))
+        groups = stand_in.groups(found, labels, runner, notes)
+    elif isinstance(method, StateMethod) or states is not None:
         found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
         if predictive and _states.reproducible(states or method, notes):
             groups["posterior_predictive"] = _replicated(problem, groups["posterior"], labels, runner, key)
@@ -118,10 +124,12 @@ def infer(
     outcome = _outcome(found)
     cautions = shape_warnings(problem) + _usage_warnings(method, runner) + method.warnings(found) + watch.notes()
     cautions += _convergence(found, groups["posterior"])
+    cautions += stand_in.warnings(method, found) if stand_in else []
     cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
     attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
     attributes |= {"reason": reason} if reason else {}
     attributes |= {"states": repr(states)} if states is not None else {}
+    attributes |= stand_in.attributes() if stand_in else {}
     tree = posterior.tree(groups, attributes)
     if throw and outcome not in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS):
         known = method.failure(found)
@@ -134,14 +142,12 @@ def infer(
     return tree
 
 
-def _check_options(draws: Any, surrogate: Any, throw: Any, progress: Any, predictive: Any) -> None:
+def _check_options(draws: Any, throw: Any, progress: Any, predictive: Any) -> None:
     if isinstance(draws, bool) or not isinstance(draws, int | np.integer) or draws < 1:
         raise ArgumentError(f"draws= takes a positive integer, the number of draws per chain; got {draws!r}.")
     for name, value in (("throw", throw), ("progress", progress), ("predictive", predictive)):
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}= takes True or False; got {value!r}.")
-    if surrogate is not None:
-        raise MethodError(f"surrogate= is not available in this version; got {type(surrogate).__name__}. Leave it out.")
 
 
 def _typed_key(key: Any) -> tuple[Key, int | list[int]]:
@@ -238,6 +244,8 @@ def _groups(
         parts["sample_stats"] = found.stats
         notes.append(f"only {list(found.sites)} were inferred; log_likelihood and lp need all latent sites.")
     groups = {name: posterior.group(part, labels) for name, part in parts.items()}
+    if found.ran is not None:
+        groups["ensemble"] = posterior.ensemble(found.ran, problem.observed_values(), labels)
     if key is not None:
         groups["posterior_predictive"] = _replicated(problem, values["posterior"], labels, runner, key)
     return groups | {"observed_data": posterior.group(problem.observed_values(), labels, sampled=False)}

@@ -128,6 +128,28 @@ def series(variables: Mapping[str, Any], labels: Labels) -> Any:
     return xr.Dataset({name: (("time",), value) for name, value in arrays.items()}, {"time": time})
 
 
+def ensemble(ran: tuple[Any, Any], data: Mapping[str, Any], labels: Labels) -> Any:
+    """Runs of the model that an ensemble method made: ``z`` (step, member, z_dim), and by observed site its predicted
+    means (step, member, ...), NaN where a member failed.
+
+    Args:
+        ran: noise (step, member, d), and the means of all sites in one vector (step, member, m).
+        data: the observed sites, in the order of that vector.
+        labels: names of axes.
+    """
+    import xarray as xr
+
+    z, outputs = (np.asarray(x) for x in ran)
+    variables: dict[str, Any] = {"z": (("step", "member", "z_dim"), z)}
+    start = 0
+    for name, value in data.items():
+        shape, size = np.shape(value), int(np.size(value))
+        means = outputs[..., start : start + size].reshape(*outputs.shape[:2], *shape)
+        variables[name if name != "z" else "z_mean"] = (("step", "member", *labels.names(name, shape)), means)
+        start += size
+    return xr.Dataset(variables)
+
+
 def tree(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
     """The `xarray.DataTree` of groups that have variables, with attributes as netCDF can hold them."""
     import xarray as xr

@@ -33,7 +33,7 @@ def gaspari_cohn(r: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(r < 1.0, near, far)
 
 
-def localisation_taper(distances: Float[Array, "*shape"], radius: float) -> Float[Array, "*shape"]:
+def localisation_taper(distances: Float[Array, "*shape"], radius: Array | float) -> Float[Array, "*shape"]:
     """Factors of the data's precision at these distances: Gaspari-Cohn with half-support 1.82 radius.
 
     Args:

@@ -11,7 +11,7 @@ from pushforward._errors import ArgumentError, InferenceError, MethodError, Outc
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.methods._inversion import FAILURES, Inversion, Step, ended
-from pushforward.methods._outputs import Units, succeeded
+from pushforward.methods._outputs import Units, flat, succeeded
 from pushforward.model.inverse import InverseProblem
 
 
@@ -31,11 +31,11 @@ class Asked(eqx.Module):
     key: Array
 
 
-def start(method: Any, problem: InverseProblem, key: Key, first: Array) -> Asked:
+def start(method: Any, problem: InverseProblem, key: Key, first: Inversion) -> Asked:
     """Draws of the prior."""
     if method.noise == "simulated":
         raise MethodError('EKI(noise="simulated") simulates by itself; to ask and tell, leave noise= out.')
-    return _asked(method, problem, Inversion.start(first), jax.random.key_data(key))
+    return _asked(method, problem, first, jax.random.key_data(key))
 
 
 def values_of(state: Asked, problem: InverseProblem, outputs: Any) -> dict[str, Array]:
@@ -69,7 +69,8 @@ def told_of(problem: InverseProblem, values: dict[str, Array], key: Key, perturb
     units = Units.of(problem)
     whitened = jax.vmap(units.whiten)(values)
     noise = jax.random.normal(key, whitened.shape, whitened.dtype) if perturbs else None
-    return Step(whitened, units.whitened, noise, succeeded(whitened, units.whitened))
+    plain = jax.vmap(lambda v: flat({name: v[name] for name in units.data}))(values)
+    return Step(whitened, units.whitened, noise, succeeded(whitened, units.whitened), plain)
 
 
 def after(method: Any, problem: InverseProblem, state: Asked, inversion: Inversion) -> Asked:

@@ -36,6 +36,8 @@ class Draws(eqx.Module):
             `infer` adds Pareto k-hat to `summary`; None for methods without a proposal.
         sites: names of the latent sites that were inferred, where the others were integrated out; their entries of
             `positions` mean nothing.
+        ran: runs of the model that an ensemble method made, step by step: noise (step, member, d) and the means of the
+            data, all sites in one vector (step, member, m), NaN where a member failed; None where they were not kept.
     """
 
     positions: Any
@@ -46,6 +48,7 @@ class Draws(eqx.Module):
     gradient_evaluations: Array
     log_weights: Array | None = None
     sites: tuple[str, ...] | None = eqx.field(static=True, default=None)
+    ran: tuple[Array | np.ndarray, Array | np.ndarray] | None = None
 
 
 class Method(eqx.Module):

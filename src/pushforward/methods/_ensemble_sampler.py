@@ -13,8 +13,8 @@ from pushforward._types import Array, Key
 from pushforward.math.ensemble_sampling import stable_step
 from pushforward.methods._base import Draws, check_fraction, check_integer, check_positive
 from pushforward.methods._inversion import FEW, SAME_OUTPUTS, Inversion, ended
+from pushforward.methods._inversion_result import check_units, packaged
 from pushforward.methods._outputs import Units, predict, succeeded
-from pushforward.methods.eki import check_units, packaged
 from pushforward.model.inverse import InverseProblem
 
 type Move = Callable[..., Array]

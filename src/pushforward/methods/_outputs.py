@@ -5,9 +5,9 @@ from typing import Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from pushforward._types import Array, Key
+from pushforward.math.noise import DataNoise, whiten
 from pushforward.model.inverse import InverseProblem
 
 _HUGE = 1e6
@@ -18,11 +18,11 @@ class Units(eqx.Module):
     """Data of all observed sites with their noise, which does not depend on latent sites.
 
     Attributes:
-        noise: by site, standard deviations of the data's shape, or covariances with one more axis.
+        noise: by site, in one of the forms of `math.noise`.
         data: by site, NaN where missing.
     """
 
-    noise: dict[str, Array]
+    noise: dict[str, DataNoise]
     data: dict[str, Array]
 
     @classmethod
@@ -39,26 +39,20 @@ class Units(eqx.Module):
         return jnp.where(present, self.whiten(self.data), jnp.nan)
 
     def whiten(self, values: dict[str, Array]) -> Array:
-        """R^-1/2 of values that are shaped like the data, as one vector (m,).
-
-        Only entries whose data are present mean something; with R dense those do not depend on the others.
-        """
-        parts = []
-        for name, noise in self.noise.items():
-            present = ~jnp.isnan(self.data[name])
-            filled = jnp.where(present, values[name], 0.0)
-            if noise.ndim == present.ndim:
-                parts.append(jnp.ravel(filled / noise))
-                continue
-            both = present[..., :, None] & present[..., None, :]
-            root = jnp.linalg.cholesky(jnp.where(both, noise, jnp.eye(present.shape[-1], dtype=noise.dtype)))
-            parts.append(jnp.ravel(solve_triangular(root, filled[..., None], lower=True)))
-        return jnp.concatenate(parts)
+        """R^-1/2 of values that are shaped like the data, as one vector (m,), 0 where data are missing."""
+        present = {name: ~jnp.isnan(v) for name, v in self.data.items()}
+        return jnp.concatenate([jnp.ravel(whiten(values[n], noise, present[n])) for n, noise in self.noise.items()])
 
 
 def predict(problem: InverseProblem, units: Units, z: Array) -> Array:
     """Predicted data (m,) at z, in units of the noise."""
     return units.whiten(problem.forward(z).mean)
+
+
+def predict_both(problem: InverseProblem, units: Units, z: Array) -> tuple[Array, Array]:
+    """Predicted data (m,) at z, in units of the noise and in their own."""
+    mean = problem.forward(z).mean
+    return units.whiten(mean), flat({name: mean[name] for name in units.data})
 
 
 def simulate_twice(problem: InverseProblem, z: Array, key: Key) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ from pushforward.math.ensemble_sampling import aldi_step
 from pushforward.methods import _ensemble_sampler
 from pushforward.methods._base import Draws, Method
 from pushforward.methods._inversion import FAILURES
-from pushforward.methods.eki import failure_warnings
+from pushforward.methods._inversion_result import failure_warnings
 from pushforward.model.inverse import InverseProblem
 
 

@@ -10,35 +10,34 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pushforward import parallel
-from pushforward._errors import MethodError, Outcome
+from pushforward._errors import MethodError
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
-from pushforward.math import inversion
 from pushforward.methods import _asked
-from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
+from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive
 from pushforward.methods._ensemble_parts import Adaptive, Inflation, NoInflation
 from pushforward.methods._inversion import (
     FAILURES,
     LONGEST,
+    UPDATES,
     Inversion,
     Step,
     ended,
     moved,
     next_step,
-    summary_of,
 )
-from pushforward.methods._outputs import Units, flat, predict, simulate_twice, succeeded
+from pushforward.methods._inversion_result import check_units, failure_warnings, packaged, why_not_ensemble
+from pushforward.methods._localisation import Localisation
+from pushforward.methods._outputs import Units, flat, predict_both, simulate_twice, succeeded
 from pushforward.model.inverse import InverseProblem, read_problem
 
-UPDATES = {
+_UPDATES = {
     "transform": "symmetric square root; exact for linear Gaussian models with any number of members",
     "perturbed": "perturbed observations (ES-MDA); exact as the members grow",
     "unperturbed": "every member sees the same data: an optimiser",
     "tikhonov": "the prior as extra data: tends to the posterior's mode",
 }
 _OPTIMISERS = ("unperturbed", "tikhonov")
-_FEW_FOR_DATA = 0.2
-"""Share of failures that is worth a warning."""
 
 
 class EKI(Method):
@@ -56,9 +55,9 @@ class EKI(Method):
     - "tikhonov": the minimiser of misfit plus prior (the mode in ``z``), error 1 / time (Chada, Stuart and Tong 2020).
 
     Use it where the simulator is expensive or has no gradient: some 4 to 10 runs of the model for each member. Members
-    stay in the span of the first ones (unless `inflation` adds noise), so with fewer members than directions that the
-    data inform the posterior is that of the span. It is no sampler for bent or many-peaked posteriors: compare with
-    NUTS, PreconditionedCrankNicolson or TemperedSMC once.
+    stay in the span of the first ones (unless `inflation` adds noise or `localisation` is given), so with fewer members
+    than directions that the data inform the posterior is that of the span. It is no sampler for bent or many-peaked
+    posteriors: compare with NUTS, PreconditionedCrankNicolson or TemperedSMC once.
 
     A member whose outputs are NaN, infinite, or farther from the data than a million times the median member's counts
     as failed, is left out of the step, and is drawn anew from the Gaussian of the others.
@@ -76,6 +75,11 @@ class EKI(Method):
             simulated data: a scale that only their spread tells of stays as the prior has it.
         minibatch: data used by one step, 0 for all; the schedule is then the number of passes over the data, whose
             batches are drawn anew in each. The product of all steps is the whole likelihood.
+        localisation: `pf.ByDistance(...)` or `pf.ByCorrelation(...)` for many parameters and few members: each
+            parameter then learns only from the data that it has to do with. None: from all.
+
+    The members and outputs of each step are kept in the result's group ``ensemble`` while they are no more than four
+    million numbers (of the last 40 steps at most): `pf.Surrogate` learns from them.
 
     Reference:
         Iglesias, Law, Stuart (2013), doi:10.1088/0266-5611/29/4/045001; Emerick and Reynolds (2013),
@@ -96,6 +100,7 @@ class EKI(Method):
     inflation: Inflation = eqx.field(default_factory=NoInflation)
     noise: str = "given"
     minibatch: int = 0
+    localisation: Localisation | None = None
 
     shards = "members"
 
@@ -103,7 +108,7 @@ class EKI(Method):
         check_integer("EKI", 2, members=self.members)
         check_integer("EKI", 0, minibatch=self.minibatch)
         check_positive("EKI", time=self.time)
-        check_choice("EKI", UPDATES, update=self.update)
+        check_choice("EKI", _UPDATES, update=self.update)
         check_choice("EKI", ("given", "simulated"), noise=self.noise)
         _check_schedule(self.schedule, self.time)
         if not isinstance(self.inflation, Inflation) or isinstance(self.inflation, Adaptive):
@@ -116,6 +121,7 @@ class EKI(Method):
                 f'EKI(update="{self.update}", time={self.time}): the posterior is at time=1.0. Other times are for '
                 'the optimisers, update="unperturbed" and update="tikhonov".'
             )
+        _check_localisation(self)
         if self.noise == "simulated" and self.update not in ("transform", "perturbed"):
             raise MethodError(f'EKI(noise="simulated") perturbs the data itself; leave update="{self.update}" out.')
         if self.minibatch and self.schedule == "adaptive":
@@ -145,10 +151,13 @@ class EKI(Method):
         units = None if self.noise == "simulated" else runner.call(Units.of, problem)
         if units is not None:
             check_units(units)
-        m = sum(int(np.size(v)) for v in problem.observed_values().values())
+        m = _data_count(problem)
         epoch = self._epoch(m)
-        first = Inversion.start(self._prior(problem, key))
-        last = runner.loop(_advance, first, self._steps(epoch), self, problem, units, epoch, key, runner.mesh, every=1)
+        local = self._local(problem, m)
+        first = self._first(problem, key, m)
+        last = runner.loop(
+            _advance, first, self._steps(epoch), self, problem, units, epoch, key, local, runner.mesh, every=1
+        )
         runs = 2 if self.noise == "simulated" else 1
         return packaged(last, self.time, draws, runs * self.members)
 
@@ -172,7 +181,9 @@ class EKI(Method):
             raise MethodError(f"EKI does not fit this model: {misfit}.")
         check_units(Runner().call(Units.of, problem))
         typed = jax.random.key(key) if isinstance(key, int) else key
-        return _asked.start(self, problem, typed, self._prior(problem, typed))
+        m = _data_count(problem)
+        self._local(problem, m)
+        return _asked.start(self, problem, typed, self._first(problem, typed, m))
 
     def tell(self, state: _asked.Asked, outputs: Any, model: Any, *args: Any, **kwargs: Any) -> _asked.Asked:
         """Take in the outputs of the members and move them.
@@ -194,10 +205,11 @@ class EKI(Method):
         """
         problem = read_problem(model, args, kwargs)
         values = _asked.values_of(state, problem, outputs)
-        epoch = self._epoch(sum(v[0].size for v in values.values()))
+        m = sum(v[0].size for v in values.values())
+        epoch, local = self._epoch(m), self._local(problem, m)
         key = jax.random.wrap_key_data(state.key)
         return _asked.after(
-            self, problem, state, Runner().call(_answered, state.inversion, self, problem, values, epoch, key)
+            self, problem, state, Runner().call(_answered, state.inversion, self, problem, values, epoch, key, local)
         )
 
     def failure(self, draws: Draws) -> str | None:
@@ -208,8 +220,13 @@ class EKI(Method):
         """Many failures."""
         return failure_warnings(draws, self.members)
 
-    def _prior(self, problem: InverseProblem, key: Key) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, 0), (self.members, problem.dimension))
+    def _first(self, problem: InverseProblem, key: Key, m: int) -> Inversion:
+        z = jax.random.normal(jax.random.fold_in(key, 0), (self.members, problem.dimension))
+        steps = self._steps(self._epoch(m))
+        return Inversion.start(z, max(steps, LONGEST), m=0 if self.noise == "simulated" else m, steps=steps)
+
+    def _local(self, problem: InverseProblem, m: int) -> Any:
+        return None if self.localisation is None else self.localisation.plan(problem, m)
 
     def _epoch(self, m: int) -> int:
         """Steps in a pass over m data."""
@@ -221,6 +238,24 @@ class EKI(Method):
         if self.schedule == "adaptive":
             return LONGEST
         return epoch * (self.schedule if isinstance(self.schedule, int) else len(self.schedule))
+
+
+def _data_count(problem: InverseProblem) -> int:
+    return sum(int(np.size(v)) for v in problem.observed_values().values())
+
+
+def _check_localisation(method: EKI) -> None:
+    if method.localisation is None:
+        return
+    if not isinstance(method.localisation, Localisation):
+        raise MethodError(
+            f"EKI(localisation=...) takes pf.ByDistance(...) or pf.ByCorrelation(...); got {method.localisation!r}."
+        )
+    if method.update == "tikhonov":
+        raise MethodError(
+            'EKI(update="tikhonov") takes the prior as data, which a localisation has no taper for. Leave '
+            'localisation= out, or write update="transform".'
+        )
 
 
 def _check_schedule(schedule: Any, time: float) -> None:
@@ -242,38 +277,6 @@ def _check_schedule(schedule: Any, time: float) -> None:
         )
 
 
-def why_not_ensemble(problem: InverseProblem) -> str | None:
-    """Why members of the prior N(0, I) cannot be moved, or None where they can."""
-    inexact = [s.name for s in problem.sites.values() if not s.exact]
-    if inexact:
-        return (
-            f"the prior of site '{inexact[0]}' has no exact map from standard normal noise, which the ensemble's prior "
-            "is. Write it as a transformed distribution, or use pf.ALDI(), NUTS or TemperedSMC"
-        )
-    return None
-
-
-def check_units(units: Units) -> None:
-    """Refuse a noise that is not positive (definite).
-
-    Raises:
-        MethodError: it names the site.
-    """
-    for name, noise in units.noise.items():
-        values, dense = np.asarray(noise, float), np.ndim(noise) > np.ndim(units.data[name])
-        if dense:
-            blocks = values.reshape(-1, *values.shape[-2:])
-            good = np.isfinite(blocks).all() and all(np.linalg.eigvalsh(b)[0] > 0 for b in blocks)
-        else:
-            good = bool((values > 0).all() and np.isfinite(values).all())
-        if not good:
-            what = "covariance is not positive definite" if dense else "standard deviation is not positive"
-            raise MethodError(
-                f"the noise of site '{name}' cannot be used: its {what}. Outputs are compared in units of it; "
-                "look at the arguments that it is made of, or add a small variance."
-            )
-
-
 def _advance(
     state: Inversion,
     start: Array,
@@ -283,6 +286,7 @@ def _advance(
     units: Units | None,
     epoch: int,
     key: Key,
+    local: Any,
     mesh: Mesh | None,
 ) -> Inversion:
     """Carry the ensemble from step `start` to step `stop`, or to the end; a step's keys depend on its number alone."""
@@ -296,23 +300,24 @@ def _advance(
         if units is None:
             told = _simulated(problem, s.z, keys[0], mesh)
         else:
-            outputs = parallel.vmap(partial(predict, problem, units), mesh)(s.z)
+            outputs, plain = parallel.vmap(partial(predict_both, problem, units), mesh)(s.z)
             noise = jax.random.normal(keys[0], outputs.shape, outputs.dtype) if method.update == "perturbed" else None
-            told = Step(outputs, units.whitened, noise, succeeded(outputs, units.whitened))
-        return _told(s, told, method, epoch, key, keys)
+            told = Step(outputs, units.whitened, noise, succeeded(outputs, units.whitened), plain)
+        return _told(s, told, method, epoch, key, keys, local)
 
     return jax.lax.while_loop(going, step, state)
 
 
 def _answered(
-    s: Inversion, method: EKI, problem: InverseProblem, values: dict[str, Array], epoch: int, key: Key
+    s: Inversion, method: EKI, problem: InverseProblem, values: dict[str, Array], epoch: int, key: Key, local: Any
 ) -> Inversion:
     """The state after a step whose outputs were told by the user."""
     keys = jax.random.split(jax.random.fold_in(key, 1 + s.steps), 4)
-    return _told(s, _asked.told_of(problem, values, keys[0], method.update == "perturbed"), method, epoch, key, keys)
+    told = _asked.told_of(problem, values, keys[0], method.update == "perturbed")
+    return _told(s, told, method, epoch, key, keys, local)
 
 
-def _told(s: Inversion, told: Step, method: EKI, epoch: int, key: Key, keys: Key) -> Inversion:
+def _told(s: Inversion, told: Step, method: EKI, epoch: int, key: Key, keys: Key, local: Any) -> Inversion:
     """The state after a step whose outputs are known."""
     if epoch > 1:
         told = eqx.tree_at(lambda t: t.data, told, _batch(told.data, s.steps, method.minibatch, epoch, key))
@@ -320,8 +325,8 @@ def _told(s: Inversion, told: Step, method: EKI, epoch: int, key: Key, keys: Key
     # Two simulations leave half of the noise in their mean, the update adds the rest.
     size = 1 / jnp.maximum(1 / h - 0.5, 0.5) if method.noise == "simulated" else h
     told = eqx.tree_at(lambda t: t.outputs, told, jnp.where(told.present[:, None], told.outputs, 0.0))
-    update = _UPDATES["perturbed" if method.noise == "simulated" else method.update]
-    after = moved(s, told, size, update, keys[1])
+    update = UPDATES["perturbed" if method.noise == "simulated" else method.update]
+    after = moved(s, told, size, update, keys[1], local)
     z = method.inflation.after(s.z, after.z, keys[2])
     time = s.time + h / epoch
     sizes = s.sizes.at[s.steps].set(h)
@@ -346,47 +351,3 @@ def _batch(data: Array, step: Array, size: int, epoch: int, key: Key) -> Array:
     """The data of one step of a pass, NaN elsewhere; each datum is in one step of each pass."""
     order = jax.random.permutation(jax.random.fold_in(key, 10**6 + step // epoch), data.shape[0])
     return jnp.where(order // size == step % epoch, data, jnp.nan)
-
-
-def packaged(last: Inversion, time: float, draws: int, runs: int) -> Draws:
-    """Evenly spaced members, at most as many as there are."""
-    members = last.z.shape[0]
-    kept = min(draws, members)
-    chosen = ((np.arange(kept) + 0.5) * members / kept).astype(int)
-    summary = summary_of(last)
-    outcome = Outcome.SUCCESS if ended(last, time) else Outcome.MAXIMUM_STEPS
-    z = np.asarray(last.z)[chosen]
-    if summary["stopped"] or not np.isfinite(z).all():
-        outcome = Outcome.NONFINITE
-    return Draws(z[None], {}, summary, np.asarray(int(outcome)), count(runs * summary["steps"]), count(0))
-
-
-def failure_warnings(draws: Draws, members: int) -> list[str]:
-    """More than a fifth of all runs failed."""
-    failed, runs = draws.summary["failed_evaluations"], draws.summary["steps"] * members
-    if failed <= _FEW_FOR_DATA * runs:
-        return []
-    return [
-        f"{failed} of {runs} runs of the model failed. What is learned comes from the others: where the model fails "
-        "for a part of the prior, the posterior is missing there."
-    ]
-
-
-def _transform(z: Array, g: Array, data: Array, h: Array, noise: Array | None) -> Array:
-    return inversion.transform(g, data, h) @ z
-
-
-def _perturbed(z: Array, g: Array, data: Array, h: Array, noise: Array | None) -> Array:
-    assert noise is not None
-    return inversion.perturbed(g, data, h, noise) @ z
-
-
-def _unperturbed(z: Array, g: Array, data: Array, h: Array, noise: Array | None) -> Array:
-    return inversion.unperturbed(g, data, h) @ z
-
-
-def _tikhonov(z: Array, g: Array, data: Array, h: Array, noise: Array | None) -> Array:
-    return inversion.tikhonov(z, g, data, h)
-
-
-_UPDATES = {"transform": _transform, "perturbed": _perturbed, "unperturbed": _unperturbed, "tikhonov": _tikhonov}

@@ -11,6 +11,7 @@ from pushforward._errors import Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.math import points
+from pushforward.math.noise import whiten
 from pushforward.methods import _scouting
 from pushforward.methods._base import Draws, Method, check_choice, check_integer, check_positive, count
 from pushforward.methods._scouting import Scouts
@@ -108,22 +109,11 @@ def _gauss_newton(problem: InverseProblem, z: Array) -> Array:
 
     def whitened(z: Array) -> Array:
         prediction = problem.forward(z)
-        parts = [_whiten(m, prediction.noise[n], prediction.data[n]) for n, m in prediction.mean.items()]
-        return jnp.concatenate(parts)
+        parts = [whiten(m, prediction.noise[n], ~jnp.isnan(prediction.data[n])) for n, m in prediction.mean.items()]
+        return jnp.concatenate([jnp.ravel(p) for p in parts])
 
     jacobian = jax.jacfwd(whitened)(z)
     return jnp.eye(z.size) + jacobian.T @ jacobian
-
-
-def _whiten(mean: Array, noise: Array, data: Array) -> Array:
-    """Mean in units of the noise; 0 where data are missing."""
-    missing = jnp.isnan(data)
-    if noise.ndim == mean.ndim:
-        return jnp.ravel(jnp.where(missing, 0.0, mean / noise))
-    both = ~missing[..., :, None] & ~missing[..., None, :]
-    root = jnp.linalg.cholesky(jnp.where(both, noise, jnp.eye(mean.shape[-1])))
-    present = jnp.where(missing, 0.0, mean)
-    return jnp.ravel(solve_triangular(root, present[..., None], lower=True)[..., 0])
 
 
 def _polish(problem: InverseProblem, z: Array, curvature: Callable) -> tuple[Array, Array, Array, Array]:

@@ -14,8 +14,8 @@ from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.math import unscented_inversion
 from pushforward.methods._base import Draws, Method, check_fraction, check_integer, count
+from pushforward.methods._inversion_result import check_units, why_not_ensemble
 from pushforward.methods._outputs import Units, predict
-from pushforward.methods.eki import check_units, why_not_ensemble
 from pushforward.model.inverse import InverseProblem
 
 _SETTLED = 1e-3

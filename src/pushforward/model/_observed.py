@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from pushforward._types import Array
+from pushforward.math.noise import DataNoise, LowRank
 from pushforward.model._laws import concrete_support
 from pushforward.model._missing import without_missing
 
@@ -104,12 +105,15 @@ def family(site: dict) -> tuple[str, str | None]:
     return "other", f"is {type(bare).__name__}, whose noise no Gaussian stands for"
 
 
-def mean_and_noise(law: dist.Distribution, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Mean of an observed law, and its standard deviations or covariance, for data of a shape."""
+def mean_and_noise(law: dist.Distribution, shape: tuple[int, ...]) -> tuple[Array, DataNoise]:
+    """Mean of an observed law, and its noise as `math.noise` has it, for data of a shape."""
     bare, _ = _bare(law)
     mean = jnp.broadcast_to(jnp.broadcast_to(law.mean, law.shape()), shape)
     if isinstance(bare, dist.Normal):
         return mean, jnp.broadcast_to(jnp.sqrt(law.variance), shape)
+    if isinstance(bare, dist.LowRankMultivariateNormal):
+        factor = jnp.broadcast_to(bare.cov_factor, (*shape, bare.cov_factor.shape[-1]))
+        return mean, LowRank(factor, jnp.broadcast_to(bare.cov_diag, shape))
     return mean, jnp.broadcast_to(bare.covariance_matrix, (*shape, shape[-1]))
 
 

@@ -15,6 +15,8 @@ import numpyro.distributions as dist
 
 from pushforward._errors import DataError
 from pushforward._types import Array, Float, Key, Model, Noise, SiteValues
+from pushforward.math.noise import DataNoise
+from pushforward.math.noise import flat as flat_noise
 from pushforward.model import _flow, _refusals, _trace
 from pushforward.model._arguments import check_model
 from pushforward.model._laws import innermost, outside_domain
@@ -200,11 +202,10 @@ class InverseProblem(eqx.Module):
 
 
 class GaussianPrediction(eqx.Module):
-    """``data ~ N(mean, noise)`` by site: means, noise (standard deviations of the data's shape, or a
-    covariance with one more axis), and data."""
+    """``data ~ N(mean, noise)`` by site: means, noise (one of the forms of `math.noise`), and data."""
 
     mean: dict[str, Float[Array, "..."]]
-    noise: dict[str, Float[Array, "..."]]
+    noise: dict[str, DataNoise]
     data: dict[str, Float[Array, "..."]]
 
 
@@ -222,7 +223,7 @@ def _moving_noise(problem: InverseProblem) -> tuple[str, list[str]] | None:
     zeros = {n: jnp.zeros(s.shape) for n, s in slots.items()}
 
     def noise(**pieces: Array) -> dict[str, Array]:
-        return problem.forward(pieces).noise
+        return {name: flat_noise(value) for name, value in problem.forward(pieces).noise.items()}
 
     found = _flow.data_flow(noise, zeros)
     for name, sources in found.items():
