@@ -15,6 +15,7 @@ anomalies); Emerick 2016, doi:10.1016/j.petrol.2016.01.029 (ES-MDA with gains ta
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -89,14 +90,14 @@ class Blocks(NamedTuple):
         data: indices, (blocks, most), m where there is none.
         parameter_points: coordinates, (d, k).
         data_points: coordinates, (m, k); NaN for data that all parameters see.
-        everywhere: parameters that see all data in full, (d,).
+        everywhere: which parameters see all data in full, (d,); None where there are none.
     """
 
     parameters: Int[Array, "blocks size"]
     data: Int[Array, "blocks most"]
     parameter_points: Float[Array, "d k"]
     data_points: Float[Array, "m k"]
-    everywhere: Array
+    everywhere: Array | None
 
 
 def distance_blocks(
@@ -125,7 +126,7 @@ def distance_blocks(
         jnp.asarray(_padded(seen, m)),
         jnp.asarray(parameter_points),
         jnp.asarray(data_points),
-        jnp.asarray(np.isnan(parameter_points).any(-1)),
+        None if len(placed) == d else jnp.asarray(np.isnan(parameter_points).any(-1)),
     )
 
 
@@ -172,7 +173,7 @@ def by_distance(
     radius: Array | float,
     periods: Float[Array, "k"] | None = None,
 ) -> Float[Array, "members d"]:
-    """Shifts of all members with the taper of Gaspari and Cohn in the distance of parameter and datum.
+    """All members after an update with the taper of Gaspari and Cohn in the distance of parameter and datum.
 
     Args:
         members: (J, d).
@@ -180,15 +181,9 @@ def by_distance(
         blocks: from `distance_blocks`, with reach 2 `HALF_SUPPORT` radius.
         radius: as in `localisation_taper`.
         periods: (k,), infinity: not periodic.
-
-    Returns:
-        (J, d); the new members are the old ones plus these.
     """
-    anomalies = members - jnp.mean(members, 0)
 
-    def block(given: tuple[Array, Array]) -> Array:
-        columns, rows = given
-        a = jnp.take(anomalies, columns, 1, mode="fill", fill_value=0.0)
+    def shift(a: Array, rows: Array, columns: Array) -> Array:
         parts = [Term(*(jnp.take(x, rows, 1, mode="fill", fill_value=0.0) for x in t)) for t in terms]
         to = jnp.take(blocks.parameter_points, columns, 0, mode="fill", fill_value=0.0)
         of = jnp.take(blocks.data_points, rows, 0, mode="fill", fill_value=0.0)
@@ -196,11 +191,11 @@ def by_distance(
         taper = jnp.where(jnp.isnan(of).any(-1)[:, None], 1.0, localisation_taper(far, radius))
         return _shift(a, parts, taper.astype(a.dtype))
 
-    shifts = jax.lax.map(block, (blocks.parameters, blocks.data))
-    flat = jnp.moveaxis(shifts, 1, 0).reshape(members.shape[0], -1)
-    placed = jnp.zeros_like(members).at[:, blocks.parameters.ravel()].set(flat, mode="drop")
+    moved = _block_by_block(members, blocks.parameters, shift, blocks.data)
+    if blocks.everywhere is None:
+        return moved
     weights = sum(t.right @ t.left.T for t in terms)
-    return jnp.where(blocks.everywhere, weights @ anomalies, placed)
+    return jnp.where(blocks.everywhere, members + weights @ (members - jnp.mean(members, 0)), moved)
 
 
 def by_correlation(
@@ -212,7 +207,7 @@ def by_correlation(
     *,
     size: int = 256,
 ) -> Float[Array, "members d"]:
-    """Shifts of all members with `significance_taper` of the correlations of parameters and outputs.
+    """All members after an update with `significance_taper` of the correlations of parameters and outputs.
 
     Args:
         members: (J, d).
@@ -222,18 +217,34 @@ def by_correlation(
         significance: standard errors at which a correlation begins to count.
         size: parameters taken at a time.
     """
-    anomalies = members - jnp.mean(members, 0)
     known = _unit(outputs - jnp.mean(outputs, 0))
     d = members.shape[1]
-    padded = jnp.pad(anomalies, ((0, 0), (0, -d % size)))
-    parts = jnp.moveaxis(padded.reshape(len(members), -1, size), 1, 0)
+    columns = jnp.arange(-(-d // size) * size).reshape(-1, size)
 
-    def block(a: Array) -> Array:
-        taper = significance_taper(known.T @ _unit(a), count, significance)
-        return _shift(a, list(terms), taper)
+    def shift(a: Array, *_: Array) -> Array:
+        return _shift(a, list(terms), significance_taper(known.T @ _unit(a), count, significance))
 
-    shifts = jax.lax.map(block, parts)
-    return jnp.moveaxis(shifts, 1, 0).reshape(len(members), -1)[:, :d]
+    return _block_by_block(members, jnp.minimum(columns, d), shift, columns)
+
+
+def _block_by_block(
+    members: Array, parameters: Array, shift: Callable[[Array, Array, Array], Array], rows: Array
+) -> Array:
+    """Members with the shifts of each block of parameters added, in place where XLA can.
+
+    Args:
+        members: (J, d).
+        parameters: indices of each block, (blocks, size), d where there is none.
+        shift: (anomalies of the block, its row of `rows`, its indices) -> shifts.
+        rows: what else a block is told, one row each.
+    """
+
+    def step(members: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
+        columns, told = given
+        a = jnp.take(members, columns, 1, mode="fill", fill_value=0.0)
+        return members.at[:, columns].add(shift(a - jnp.mean(a, 0), told, columns), mode="drop"), None
+
+    return jax.lax.scan(step, members, (parameters, rows))[0]
 
 
 def significance_taper(

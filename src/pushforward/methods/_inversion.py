@@ -2,7 +2,7 @@
 
 Members z (J, d) move along ``prior * likelihood^t`` from t = 0. A step needs the outputs of all members; those that
 failed take no part in it and are then drawn anew from the Gaussian of the others, in the span of the others' anomalies.
-All of that is one matrix of weights, so a step reads the members once; a localised update adds its shifts.
+All of that is one matrix of weights, so a step reads the members once; a localised update goes block by block.
 """
 
 from collections.abc import Callable
@@ -160,7 +160,7 @@ def moved(s: Inversion, told: Step, h: Array, update: Update, key: Key, local: A
         h: size of the step.
         update: rule.
         key: for the members that are drawn anew.
-        local: (z, outputs, terms, count) -> shifts (J, d) in place of the update's own, or None.
+        local: (z, outputs, terms, count) -> z after the terms of the update, localised; or None.
     """
     count, n = s.z.shape[0], jnp.sum(told.present)
     scale = jnp.sqrt((count - 1) / jnp.maximum(n - 1, 1)).astype(s.z.dtype)
@@ -178,7 +178,7 @@ def moved(s: Inversion, told: Step, h: Array, update: Update, key: Key, local: A
         after = update.weights(_masked(s.z, told.present, scale), g, told.data, h, noise) @ masked
     else:
         assert update.terms is not None
-        after = masked + local(masked, g, update.terms(g, told.data, h, noise), n)
+        after = local(masked, g, update.terms(g, told.data, h, noise), n)
     after = jnp.where(stopped == 0, _restored(after, told.present, scale, key), own)
     z = after @ s.z if few else after
     size = jnp.where(jnp.isnan(told.data), 0.0, told.data - told.outputs)

@@ -24,7 +24,7 @@ class Localisation(eqx.Module):
 
     @abstractmethod
     def plan(self, problem: InverseProblem, m: int) -> Any:
-        """What a step calls: (z, outputs, terms, count) -> shifts (J, d).
+        """What a step calls: (z, outputs, terms, count) -> z after the update.
 
         Args:
             problem: with d latent numbers.
