@@ -1,5 +1,6 @@
 """Functions that stand for simulators, in a module that their processes load quickly."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -58,6 +59,24 @@ def with_grandchild(value):
         file.write(f"{os.getpid()} {command.pid}\n")
     command.wait()
     return value
+
+
+def flaky_line(slope, offset, x):
+    """`linear`, but 10 % of all inputs raise, 5 % give NaN and 5 % sleep for an hour; which, their digits decide."""
+    time.sleep(0.02)
+    lot = fate(slope, offset)
+    if lot == "exception":
+        raise ValueError("the solver did not converge")
+    if lot == "timeout":
+        time.sleep(3600)
+    return np.full(np.shape(x), np.nan) if lot == "nonfinite" else linear(slope, offset, x)
+
+
+def fate(slope, offset):
+    """How `flaky_line` ends for an input: a kind of failure, or "success"."""
+    digest = hashlib.blake2b(np.asarray([slope, offset], np.float64).tobytes(), digest_size=8).digest()
+    lot = int.from_bytes(digest) / 2**64
+    return "exception" if lot < 0.10 else "nonfinite" if lot < 0.15 else "timeout" if lot < 0.20 else "success"
 
 
 def crash_of_negatives(slope, offset, x):

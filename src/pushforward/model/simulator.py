@@ -325,6 +325,13 @@ class Watch:
             if simulator._calls.dead:
                 raise MethodError(simulator._calls.dead)
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Calls and failures by kind, for each simulator by name."""
+        return {
+            simulator.name: {"calls": simulator.calls - calls} | {k: simulator.failures[k] - failures[k] for k in KINDS}
+            for simulator, calls, failures in self._before
+        }
+
     def notes(self) -> list[str]:
         """What failed, one sentence for each simulator."""
         said = []
