@@ -43,6 +43,7 @@ test-full: $(STAMP) notebooks-full
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 	$(BIN)/python -m benchmarks.full
 	$(BIN)/python -m benchmarks.state_parameters
+	$(BIN)/python -m benchmarks.darcy
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -68,6 +69,7 @@ bench: $(STAMP) $(PEERS)/.installed
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.particles
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.online
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.simulation_based
+	$(PEERS)/bin/python -m benchmarks.inversion
 
 # Peers bring packages that this project does not need, so they have an environment of their own. particles asks for an
 # older numpy than the others, which its filters do not need.
@@ -75,7 +77,7 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	@python=$$(./.ci/find-python) && { [ -x $(PEERS)/bin/python ] || "$$python" -m venv $(PEERS); }
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[bench]' dynamax==1.0.3 dapper==1.8.1 cuthbert==0.1.1 numba joblib scikit-learn \
-		sbi==0.27.0 torch==2.14.1
+		sbi==0.27.0 torch==2.14.1 iterative_ensemble_smoother==1.3.0
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps particles==0.4
 	@touch $(PEERS)/.installed
 

@@ -121,13 +121,13 @@ def miss(method):
 
 @pytest.mark.parametrize("update", ["transform", "perturbed"])
 def test_sixty_members_learn_four_hundred_parameters(update):
-    """Measured: .22 sd, .97 by distance; .39, 1.03 by correlation (prior: .42, 1.08); 1.1 - 1.2, .4 - .5 without."""
+    """Measured: .22 sd, .97 by distance; .37, .94 by correlation (prior: .42, 1.08); 1.1 - 1.2, .4 - .5 without."""
     error, spread = miss(pf.EKI(60, update=update, localisation=pf.ByDistance(0.01, **NEAR)))
     assert error < 0.27
     assert 0.9 < spread < 1.05
     error, spread = miss(pf.EKI(60, update=update, localisation=pf.ByCorrelation()))
-    assert error < 0.45
-    assert 0.9 < spread < 1.1
+    assert error < 0.42
+    assert 0.85 < spread < 1.05
     error, spread = miss(pf.EKI(60, update=update))
     assert error > 0.8
     assert spread < 0.6

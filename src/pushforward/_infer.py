@@ -109,16 +109,7 @@ def infer(
     path = _checkpoint_path(checkpoint)
     identity = _identity(model, args, kwargs, (method, states, surrogate), key, draws) if path else ""
     runner = Runner(progress=progress, checkpoint=path, identity=identity, mesh=mesh, label=type(method).__name__)
-    if stand_in:
-        found = _with_khat(stand_in.run(method, key, draws, runner))
-        groups = stand_in.groups(found, labels, runner, notes)
-    elif isinstance(method, StateMethod) or states is not None:
-        found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
-        if predictive and _states.reproducible(states or method, notes):
-            groups["posterior_predictive"] = _replicated(problem, groups["posterior"], labels, runner, key)
-    else:
-        found = _with_khat(method.run(problem, key, draws, runner))
-        groups = _groups(problem, found, labels, runner, key if predictive else None, notes)
+    found, groups = _run(problem, method, states, stand_in, key, draws, labels, runner, notes, predictive)
     watch.check()
     groups["constant_data"] = posterior.group(_constants(problem, model, args, kwargs), labels, sampled=False)
     outcome = _outcome(found)
@@ -128,6 +119,7 @@ def infer(
     cautions += [outcome.text] if outcome == Outcome.MAXIMUM_STEPS else []
     attributes = _attributes(method, runner, found, outcome, label) | {"warnings": cautions, "notes": notes}
     attributes |= {"reason": reason} if reason else {}
+    attributes |= {"simulators": watch.counts()} if watch.counts() else {}
     attributes |= {"states": repr(states)} if states is not None else {}
     attributes |= stand_in.attributes() if stand_in else {}
     tree = posterior.tree(groups, attributes)
@@ -140,6 +132,31 @@ def infer(
     for caution in cautions if outcome in (Outcome.SUCCESS, Outcome.MAXIMUM_STEPS) else ():
         warnings.warn(f"{type(method).__name__}: {caution}", UserWarning, stacklevel=2)
     return tree
+
+
+def _run(
+    problem: InverseProblem,
+    method: Method,
+    states: StateMethod | None,
+    stand_in: _surrogates.StandIn | None,
+    key: Key,
+    draws: int,
+    labels: posterior.Labels,
+    runner: Runner,
+    notes: list[str],
+    predictive: bool,
+) -> tuple[Draws, dict[str, Any]]:
+    """Run the method on the model, on its states, or on a surrogate of it, and make the groups of the result."""
+    if stand_in:
+        found = _with_khat(stand_in.run(method, key, draws, runner))
+        return found, stand_in.groups(found, labels, runner, notes)
+    if isinstance(method, StateMethod) or states is not None:
+        found, groups = _state_groups(problem, method, states, key, draws, labels, runner, notes)
+        if predictive and _states.reproducible(states or method, notes):
+            groups["posterior_predictive"] = _replicated(problem, groups["posterior"], labels, runner, key)
+        return found, groups
+    found = _with_khat(method.run(problem, key, draws, runner))
+    return found, _groups(problem, found, labels, runner, key if predictive else None, notes)
 
 
 def _check_options(draws: Any, throw: Any, progress: Any, predictive: Any) -> None:

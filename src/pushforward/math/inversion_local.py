@@ -252,9 +252,10 @@ def significance_taper(
 ) -> Float[Array, "*shape"]:
     """``max(0, 1 - (c / t)^2)``, ``t^2 = (J - 2) r^2 / (1 - r^2)`` the squared t statistic of a correlation r.
 
-    With c = 3 some three of a thousand spurious correlations are left, shrunk; one of many standard errors is left
-    alone. The form is the non-negative garrote (Breiman 1995, doi:10.1080/00401706.1995.10484371), the threshold that
-    of Luo and Bhakta 2020, doi:10.1016/j.petrol.2019.106559.
+    With c = 1 the factor is ``(r^2 - its mean by chance) / r^2`` up to O(1 / J), the shrinkage of James and Stein; with
+    c = 3 some three of a thousand spurious correlations are left, shrunk (the threshold of Luo and Bhakta 2020,
+    doi:10.1016/j.petrol.2019.106559). The form is the non-negative garrote (Breiman 1995,
+    doi:10.1080/00401706.1995.10484371).
     """
     square = jnp.minimum(correlations**2, 1.0)
     known = jnp.maximum(count - 2.0, 0.0) * square

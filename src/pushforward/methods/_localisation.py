@@ -43,13 +43,15 @@ class ByCorrelation(Localisation):
     parameters x data x members.
 
     Args:
-        significance: standard errors at which a correlation begins to count; 0 switches localisation off.
+        significance: standard errors at which a correlation begins to count. 1 takes away what chance adds to a squared
+            correlation on average, and suits parameters that learn a little from each of many data, as coefficients of
+            a series do. 2 or 3 suit parameters of which each has few data of its own. 0 switches localisation off.
 
     Reference:
         Luo and Bhakta (2020), doi:10.1016/j.petrol.2019.106559 (thresholds of correlations).
     """
 
-    significance: float = 3.0
+    significance: float = 2.0
 
     def __check_init__(self):
         value = self.significance

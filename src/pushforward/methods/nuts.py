@@ -10,17 +10,22 @@ from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
 from pushforward import parallel
-from pushforward._errors import Outcome
+from pushforward._errors import MethodError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.learned.flows import Transport
-from pushforward.methods._base import Draws, Method, check_choice, check_fraction, check_integer, count
+from pushforward.methods._base import Draws, Method, check_boolean, check_choice, check_fraction, check_integer, count
 from pushforward.methods.flow_vi import check_transport, transport_option
 from pushforward.model.inverse import InverseProblem
 
 _COORDINATES = ("numpyro", "z")
 _MASSES = ("diagonal", "dense")
 _START_TRIES = 100
+_LEAST_ACCEPTANCE = 0.1
+UNCORRECTED = (
+    "NUTS(corrected=True) corrects a surrogate by runs of the model, and there is no surrogate. Write "
+    "infer(model, method=pf.NUTS(corrected=True), surrogate=pf.Surrogate().fit(model, ...)), or leave corrected= out."
+)
 
 
 class NUTS(Method):
@@ -40,6 +45,8 @@ class NUTS(Method):
         mass_matrix: "diagonal" or "dense".
         max_tree_depth: a trajectory has at most 2^max_tree_depth steps.
         transport: `pf.FlowVI().fit(model, ...)`, whose coordinates then take the place of `coordinates`.
+        corrected: with ``surrogate=``, whether the model itself decides on each draw, by delayed acceptance (Christen
+            and Fox 2005): the exact posterior for one run of the model, without its gradient, for each draw.
 
     Example:
         >>> import pushforward as pf
@@ -54,6 +61,7 @@ class NUTS(Method):
     mass_matrix: str = "diagonal"
     max_tree_depth: int = 10
     transport: Transport | None = eqx.field(default=None, converter=transport_option)
+    corrected: bool = False
 
     shards = "chains"
     gradients = True
@@ -64,9 +72,12 @@ class NUTS(Method):
         check_fraction("NUTS", target_acceptance=self.target_acceptance)
         check_choice("NUTS", _COORDINATES, coordinates=self.coordinates)
         check_choice("NUTS", _MASSES, mass_matrix=self.mass_matrix)
+        check_boolean("NUTS", corrected=self.corrected)
 
     def run(self, problem: InverseProblem, key: Key, draws: int, runner: Runner) -> Draws:
         """See `Method.run`."""
+        if self.corrected:
+            raise MethodError(UNCORRECTED)
         if self.transport is not None:
             check_transport("NUTS", self.transport, problem)
         state = runner.call(_start, self, problem, key, draws, runner.mesh)
@@ -92,6 +103,12 @@ class NUTS(Method):
             notes.append(
                 f"{deep} trajectories were cut at max_tree_depth = {self.max_tree_depth}: slow, not wrong. "
                 "Scale the parameters, or use mass_matrix='dense'."
+            )
+        rate = float(draws.summary.get("second_stage_acceptance_rate", 1.0))
+        if rate < _LEAST_ACCEPTANCE:
+            notes.append(
+                f"the model accepted {rate:.3f} of the surrogate's proposals: the draws are strongly correlated. Fit "
+                "the surrogate to more runs, near the posterior."
             )
         return notes
 
@@ -195,13 +212,19 @@ def _kernel(method: NUTS, problem: InverseProblem) -> tuple[Any, Any]:
     return start, step
 
 
+def _stepper(method: NUTS, problem: InverseProblem, kernel: Any) -> Any:
+    """The step of a chain that has begun."""
+    initialise, step = _kernel(method, problem)
+    # NumPyro's step closes over what initialise sets; its own result is not needed here.
+    initialise(ParamInfo(kernel.z, kernel.potential_energy, kernel.z_grad), kernel.rng_key)
+    return step
+
+
 def _advance(
     state: _State, start: Array, stop: Array, method: NUTS, problem: InverseProblem, mesh: Mesh | None
 ) -> _State:
     def chain(one: _State) -> _State:
-        initialise, step = _kernel(method, problem.with_key(one.key))
-        # NumPyro's step closes over what initialise sets; its own result is not needed here.
-        initialise(ParamInfo(one.kernel.z, one.kernel.potential_energy, one.kernel.z_grad), one.kernel.rng_key)
+        step = _stepper(method, problem.with_key(one.key), one.kernel)
         return jax.lax.fori_loop(start, stop, lambda i, s: _record(method, s, step(s.kernel), i), one)
 
     return parallel.vmap(chain, mesh)(state)

@@ -7,6 +7,13 @@
 >>> problem("eight_schools").data["y"].shape
 (8,)
 
+`darcy` is an inverse problem of 256 parameters with a partial differential equation, solved in JAX and, as a black box,
+in SciPy.
+
+>>> from pushforward.problems import darcy
+>>> darcy.DATA.shape
+(7, 7)
+
 State-space models are modules of their own, with more than one model each and their exact answers or published
 scores: `nile`, `air_passengers`, `local_linear`, `linear_state_space`, `lorenz63`, `lorenz96`; for particle filters and
 discrete states `stochastic_volatility`, `nonlinear_growth`, `influenza`, `regime_switching`.
@@ -27,6 +34,7 @@ a module only and no `problem`.
 from pushforward.problems import (
     air_passengers,
     bod,
+    darcy,
     eight_schools,
     gaussian_linear,
     gaussian_mixture,
@@ -53,6 +61,7 @@ __all__ = [
     "Problem",
     "air_passengers",
     "bod",
+    "darcy",
     "eight_schools",
     "gaussian_linear",
     "gaussian_mixture",
@@ -79,6 +88,7 @@ _BUILDERS = {
     "bod": lambda: bod.PROBLEM,
     "eight_schools": lambda: eight_schools.PROBLEM,
     "lynx_hare": lambda: lynx_hare.PROBLEM,
+    "darcy": darcy.problem,
     "gaussian_linear": gaussian_linear.problem,
     "gaussian_mixture": gaussian_mixture.problem,
     "slcp": slcp.problem,
