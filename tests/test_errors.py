@@ -68,7 +68,7 @@ OPTIONS = {
         MethodError,
         r"states= takes an instance of a state method, such as pf.Kalman\(\).*\[.*.discrete_hmm..*\]; got 3",
     ),
-    "surrogate": (lambda: infer(surrogate=3), MethodError, "surrogate= is not available in this version"),
+    "surrogate": (lambda: infer(surrogate=3), ArgumentError, "surrogate= takes pf.Surrogate"),
     "negative draws": (lambda: infer(draws=-1), ArgumentError, r"draws= takes a positive integer.*got -1"),
     "no draws": (lambda: infer(draws=0), ArgumentError, r"draws= takes a positive integer.*got 0"),
     "draws as a float": (lambda: infer(draws=10.0), ArgumentError, r"draws= takes a positive integer.*got 10.0"),

@@ -209,12 +209,11 @@ def test_failed_members_take_no_part(float64):
     present = np.arange(300) % 3 > 0
     g[~present] = 1e30
     told = Step(jnp.asarray(g), jnp.ones(4), None, jnp.asarray(present))
-    after = np.asarray(moved(Inversion.start(jnp.asarray(z)), told, jnp.asarray(0.4), UPDATES["transform"], jax.random.key(0)).z)
+    rule, h, key = UPDATES["transform"], jnp.asarray(0.4), jax.random.key(0)
+    after = np.asarray(moved(Inversion.start(jnp.asarray(z)), told, h, rule, key).z)
     alone = Step(jnp.asarray(g[present]), jnp.ones(4), None, jnp.ones(200, bool))
     start = Inversion.start(jnp.asarray(z[present]))
-    np.testing.assert_allclose(
-        after[present], moved(start, alone, jnp.asarray(0.4), UPDATES["transform"], jax.random.key(0)).z, rtol=1e-10
-    )
+    np.testing.assert_allclose(after[present], moved(start, alone, h, rule, key).z, rtol=1e-10)
     # A hundred draws of a Gaussian: five standard errors of mean and covariance.
     spread = after[present].std(0)
     assert np.abs((after[~present].mean(0) - after[present].mean(0)) / spread).max() < 0.5

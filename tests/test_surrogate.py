@@ -15,6 +15,7 @@ import exact
 import pushforward as pf
 from pushforward import _surrogates
 from pushforward._errors import ArgumentError, DataError, MethodError
+from pushforward.learned._rows import from_runs
 from pushforward.learned.emulator import Components, Emulator
 from pushforward.learned.regressors import Regressor, relevance
 from pushforward.math.noise import LowRank
@@ -441,6 +442,15 @@ def test_runs_that_are_refused():
     refused(other, DataError, "has no 'y'")
     refused(members(outputs[:9], z[:9]), DataError, "9 runs with finite outputs are too few")
     refused(members(np.full_like(outputs, np.nan), z), DataError, "0 runs with finite outputs .*30 failed")
+
+
+def test_the_group_of_a_result_and_steps_of_it_are_taken_as_runs():
+    z = draws_of_z(12)
+    tree, problem = members(outputs_at(z), z), read_problem(line, (), {"x": X, "y": Y})
+    for runs in (tree, tree["ensemble"], tree["ensemble"].to_dataset()):
+        np.testing.assert_allclose(from_runs(problem, ("y",), runs)[0], z, rtol=1e-6)
+    part = [tree["ensemble"].isel(member=slice(0, 5)), tree["ensemble"].isel(member=slice(5, 12))]
+    np.testing.assert_allclose(from_runs(problem, ("y",), part)[0], z, rtol=1e-6)
 
 
 def test_surrogates_of_other_models_are_refused(fitted):

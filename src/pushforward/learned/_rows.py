@@ -45,7 +45,7 @@ def _flat(values: dict[str, Array], names: tuple[str, ...]) -> Array:
 
 
 def from_runs(problem: InverseProblem, names: tuple[str, ...], runs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """z (n, d) and predicted data (n, m) of all members at all steps of results of `pf.EKI`.
+    """z (n, d) and predicted data (n, m) of all members at all steps of results of `pf.EKI`, or of their groups.
 
     Raises:
         ArgumentError: not a result, or one without the group "ensemble".
@@ -60,17 +60,20 @@ def from_runs(problem: InverseProblem, names: tuple[str, ...], runs: Any) -> tup
 
 
 def _of_one(problem: InverseProblem, names: tuple[str, ...], tree: Any) -> tuple[np.ndarray, np.ndarray]:
-    if not hasattr(tree, "children"):
+    if not hasattr(tree, "data_vars"):
         raise ArgumentError(
-            "runs= takes a result of pf.infer(model, method=pf.EKI(...)), or a list of such results; got "
-            f"{type(tree).__name__}."
+            "runs= takes a result of pf.infer(model, method=pf.EKI(...)), its group 'ensemble' or some steps of that, "
+            f"or a list of these; got {type(tree).__name__}."
         )
-    if "ensemble" not in tree.children:
+    if "z" in tree.data_vars:
+        group = tree
+    elif "ensemble" in getattr(tree, "children", {}):
+        group = tree["ensemble"]
+    else:
         raise ArgumentError(
-            f"runs= needs the group 'ensemble' of a result of pf.EKI; this one has {list(tree.children)}. Give the "
+            f"runs= needs the group 'ensemble' of a result of pf.EKI; this one has {list(tree)}. Give the "
             "result of an EKI run, or leave runs= out, and draws of the prior are simulated."
         )
-    group = tree["ensemble"]
     called = {n: "z_mean" if n == "z" else n for n in names}  # a site of the name of the noise
     missing = [n for n in ("z", *called.values()) if n not in group.data_vars]
     if missing:
