@@ -1,0 +1,221 @@
+"""Guidance: the denoiser of a posterior from the denoiser of a prior and data ``y = A(x0) + noise``, noise N(0, R).
+
+The score of the posterior at level s is that of the prior plus the gradient of log p(y | x), and the denoiser
+moves by s^2 times that gradient. Each function returns a denoiser ``D(x, s)`` (see `diffusion.py`), one state x of any
+shape. They differ in V, the covariance of x0 given x that they assume:
+
+===============  =====================================================================================================
+`gamma`          V = gamma s^2 I, as if in the space of the data. Cheap: one gradient. 15 to 25 % too narrow without
+                 Langevin moves
+`mmps`           V = s^2 dD/dx, made positive: exact for Gaussian priors and linear A. n derivatives of D and
+                 an eigendecomposition, n the size of x
+`mmps_iterative` the same by conjugate gradients on the m data: no n x n matrix; V made symmetric, not positive
+`surrogate`      V of a Gaussian with the clean data's covariance: exact for Gaussian priors; no derivative of D
+===============  =====================================================================================================
+
+A is any differentiable function of the state to shape (m,); where it is nonlinear it is linearised about D. R is
+diagonal: whiten correlated noise first. NaN in y means missing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pushforward._types import Array, Float
+from pushforward.math.diffusion import Denoiser, Scalar, State
+
+Operator = Callable[[State], Float[Array, "m"]]
+Data = Float[Array, "m"]
+
+
+def innovation(data: Data, predicted: Data) -> Data:
+    """``y - A(D)``, zero where data are missing."""
+    return jnp.where(jnp.isnan(data), 0.0, data - predicted)
+
+
+# ------------------------------------------------------------------------------------------------------------- gamma
+
+
+def gamma(denoise: Denoiser, forward: Operator, data: Data, variances: Data, *, factor: Scalar = 3e-2) -> Denoiser:
+    """The guidance of score-based data assimilation.
+
+    ``log p(y | x) = -|y - A(D(x))|^2 / (2 (R + factor s^2))``, its gradient taken through the denoiser.
+
+    Args:
+        denoise: D(x, s) of the prior.
+        forward: A.
+        data: y, NaN where missing.
+        variances: the diagonal of R.
+        factor: the paper's gamma; 3e-2 in its equations, 1e-2 in its figures.
+
+    Source: Rozet and Louppe 2023, "Score-based data assimilation", arXiv:2306.10574, algorithm 3.
+    """
+
+    def guided(x: State, level: Scalar) -> State:
+        denoised, pull_state = jax.vjp(lambda x: denoise(x, level), x)
+        predicted, pull_data = jax.vjp(forward, denoised)
+        residual = innovation(data, predicted) / (variances + factor * level**2)
+        (gradient,) = pull_state(*pull_data(residual))
+        return denoised + level**2 * gradient
+
+    return guided
+
+
+def gamma_curvature(level: Scalar, variances: Data, *, factor: Scalar = 3e-2, gain: Scalar = 1.0) -> Array:
+    """A bound of s^2 times minus the Hessian of the log density that `gamma` assumes; see `stable_delta`.
+
+    ``1 + gain^2 s^2 / (R + factor s^2)`` with the least R, for log-concave priors. An exact law has at most 1; here it
+    may reach 1 + 1 / factor at low levels, s^2 about R, where the prior is wide.
+
+    Args:
+        level: s.
+        variances: the diagonal of R.
+        factor: as in `gamma`.
+        gain: a bound of the norm of the derivative of A(D(x)): that of A is one, since D contracts, but a loose one at
+            high levels, where the derivative of D falls as variance / s^2.
+    """
+    return 1.0 + gain**2 * level**2 / (jnp.min(variances) + factor * level**2)
+
+
+# --------------------------------------------------------------------------------------------------- moment matching
+
+
+def positive_part(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The symmetric positive semi-definite matrix nearest to a square one: symmetrised, negative eigenvalues to zero.
+
+    Source: Higham 1988, "Computing a nearest symmetric positive semidefinite matrix", theorem 2.1.
+    """
+    values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+    return (vectors * jnp.maximum(values, 0.0)[None]) @ vectors.T
+
+
+def conditioned(
+    denoised: State, covariance: Float[Array, "n n"], forward: Operator, data: Data, variances: Data
+) -> State:
+    """Kalman's update of N(D, V) by the data, A linearised about D: ``D + V A^T (R + A V A^T)^-1 (y - A(D))``."""
+    basis = jnp.eye(denoised.size, dtype=denoised.dtype).reshape(denoised.size, *denoised.shape)
+    predicted, push = jax.linearize(forward, denoised)
+    transposed = jnp.where(jnp.isnan(data)[None], 0.0, jax.vmap(push)(basis))
+    gain = covariance @ transposed
+    # A missing datum has a row of zeros and no innovation; its variance only keeps the system regular.
+    system = transposed.T @ gain + jnp.diag(variances)
+    factor = jax.scipy.linalg.cho_factor(system, lower=True)
+    solved = jax.scipy.linalg.cho_solve(factor, innovation(data, predicted))
+    return denoised + (gain @ solved).reshape(denoised.shape)
+
+
+def mmps(denoise: Denoiser, forward: Operator, data: Data, variances: Data) -> Denoiser:
+    """Moment matching posterior sampling with V made positive: the safe default up to some hundreds of state entries.
+
+    ``D + V A^T (R + A V A^T)^-1 (y - A(D))``, V the positive part of ``s^2 dD/dx``, which is the covariance of x0 given
+    x when D is the mean of some law. A trained D is that of no law, and one composed of windows has a
+    derivative that is neither symmetric nor positive; taken as it is, sampling explodes.
+
+    Args:
+        denoise: D(x, s) of the prior.
+        forward: A.
+        data: y, NaN where missing.
+        variances: the diagonal of R, above zero.
+
+    Source: Rozet et al. 2024, "Learning diffusion priors from observations by expectation maximization",
+    arXiv:2405.13712, section 4.2, with the projection.
+    """
+
+    def guided(x: State, level: Scalar) -> State:
+        flat = x.ravel()
+        denoised, push = jax.linearize(lambda flat: denoise(flat.reshape(x.shape), level).ravel(), flat)
+        derivative = jax.vmap(push)(jnp.eye(flat.size, dtype=flat.dtype))
+        covariance = level**2 * positive_part(derivative)
+        return conditioned(denoised.reshape(x.shape), covariance, forward, data, variances)
+
+    return guided
+
+
+def conjugate_gradients(apply: Callable[[Data], Data], right: Data, iterations: int) -> Data:
+    """``(I + W)^-1 right`` for a symmetric W given by its products, at most `iterations` of them.
+
+    Stops where W shows a negative direction, p' W p < 0, and where the residual vanishes: never further from 0 than
+    the last iterate of a positive system.
+    """
+
+    def step(carry: tuple[Data, Data, Data], _: None) -> tuple[tuple[Data, Data, Data], None]:
+        solution, residual, direction = carry
+        image = apply(direction)
+        bent = direction @ image
+        length = residual @ residual
+        go = (bent >= 0) & (length > jnp.finfo(right.dtype).eps ** 2 * (right @ right))
+        size = jnp.where(go, length / jnp.where(go, direction @ direction + bent, 1.0), 0.0)
+        left = residual - size * (direction + image)
+        turn = jnp.where(go, (left @ left) / jnp.where(go, length, 1.0), 1.0)
+        following = jnp.where(go, left + turn * direction, direction)
+        return (solution + size * direction, left, following), None
+
+    return jax.lax.scan(step, (jnp.zeros_like(right), right, right), None, length=iterations)[0][0]
+
+
+def mmps_iterative(
+    denoise: Denoiser, forward: Operator, data: Data, variances: Data, *, iterations: int = 10
+) -> Denoiser:
+    """Moment matching posterior sampling by conjugate gradients, for states and data too large for matrices.
+
+    `mmps` with ``V = s^2 (J + J^T) / 2``, J = dD/dx, in products: an iteration costs a derivative of D forward, one
+    backward, and the same of A. The iterations stop at a negative direction of A V A^T, but V itself is not made
+    positive: for scores composed of windows take `mmps` or `surrogate`, which come out much closer.
+
+    Args:
+        denoise: D(x, s) of the prior.
+        forward: A.
+        data: y, NaN where missing.
+        variances: the diagonal of R, above zero.
+        iterations: 5 are enough for 9 data and 10 for 65; 1 leaves errors of 0.2 posterior sd in the mean.
+
+    Source: Rozet et al. 2024, arXiv:2405.13712, section 4.2; the symmetric V and the stop are ours.
+    """
+
+    def guided(x: State, level: Scalar) -> State:
+        denoised, push_state = jax.linearize(lambda x: denoise(x, level), x)
+        pull_state = jax.linear_transpose(push_state, x)
+        predicted, push_data = jax.linearize(forward, denoised)
+        pull_data = jax.linear_transpose(push_data, denoised)
+        present = jnp.where(jnp.isnan(data), 0.0, 1.0 / jnp.sqrt(variances))
+
+        def spread(weights: Data) -> State:
+            (pulled,) = pull_data(present * weights)
+            return 0.5 * level**2 * (push_state(pulled) + pull_state(pulled)[0])
+
+        def apply(weights: Data) -> Data:
+            return present * push_data(spread(weights))
+
+        solved = conjugate_gradients(apply, present * innovation(data, predicted), iterations)
+        return denoised + spread(solved)
+
+    return guided
+
+
+# --------------------------------------------------------------------------------------------------------- surrogate
+
+
+def surrogate(
+    denoise: Denoiser, forward: Operator, data: Data, variances: Data, covariance: Float[Array, "n n"]
+) -> Denoiser:
+    """Guidance with V of a Gaussian law of the clean states: ``V = C (C + s^2 I)^-1 s^2``, no derivative of D.
+
+    As stable as Kalman's filter whatever D is, and cheaper than `mmps` by n derivatives of D and an
+    eigendecomposition at each level; wrong in so far as the covariance of x0 given x depends on x.
+
+    Args:
+        denoise: D(x, s) of the prior.
+        forward: A.
+        data: y, NaN where missing.
+        variances: the diagonal of R, above zero.
+        covariance: C of the clean states, flat, such as that of the training set; symmetric.
+    """
+    values, vectors = jnp.linalg.eigh(covariance)
+    values = jnp.maximum(values, 0.0)
+
+    def guided(x: State, level: Scalar) -> State:
+        shrunk = values / (values + level**2) * level**2
+        return conditioned(denoise(x, level), (vectors * shrunk[None]) @ vectors.T, forward, data, variances)
+
+    return guided
