@@ -380,9 +380,10 @@ def test_corrections_keep_the_law_of_an_exact_denoiser():
 # ---------------------------------------------------------------------------------------------------------- guidance
 
 
-def guided_by(name, denoise, forward, data, variances, covariance=None):
-    options = {"surrogate": {"covariance": covariance}, "mmps_iterative": {"iterations": 40}}.get(name, {})
-    return getattr(guidance, name)(denoise, forward, jnp.asarray(data), jnp.asarray(variances), **options)
+def guided_by(name, denoise, forward, data, variances, covariance=None, **options):
+    options |= {"surrogate": {"covariance": covariance}, "mmps_iterative": {"iterations": 40}}.get(name, {})
+    seen = guidance.gaussian(forward, jnp.asarray(data), jnp.asarray(variances))
+    return getattr(guidance, name)(denoise, seen, **options)
 
 
 def slow(*values):
@@ -411,7 +412,7 @@ def test_the_likelihood_score_of_the_chain_is_exact(name, where):
 def test_exact_guidance_gives_the_law_of_the_posterior():
     operator, variances, data, mean, covariance = observed("rough", "hi")
     forward = functools.partial(jnp.matmul, jnp.asarray(operator))
-    guided = guidance.mmps(prior("rough"), forward, jnp.asarray(data), jnp.asarray(variances))
+    guided = guided_by("mmps", prior("rough"), forward, data, variances)
     found = distances(law(diffusion_samplers.heun, guided, diffusion.power_grid(64, highest=300.0)), (mean, covariance))
     assert found[0] <= 0.01
     assert abs(found[1] - 1.0).max() <= 0.02
@@ -426,7 +427,7 @@ GAMMA = {"lo": (0.138, 0.785, 0.19), "hi": (0.35, 0.74, 0.39)}
 def test_gamma_is_as_wrong_as_published(where):
     operator, variances, data, mean, covariance = observed("smooth", where)
     forward = functools.partial(jnp.matmul, jnp.asarray(operator))
-    guided = guidance.gamma(prior("smooth"), forward, jnp.asarray(data), jnp.asarray(variances))
+    guided = guided_by("gamma", prior("smooth"), forward, data, variances)
     found = distances(law(diffusion_samplers.ddim, guided, diffusion.cosine_grid(256)), (mean, covariance))
     dm, sd, kl = GAMMA[where]
     assert found[0] == pytest.approx(dm, rel=0.5)
@@ -439,7 +440,7 @@ def test_corrections_mend_gamma():
     # Four moves of the fixed size 0.25 at each level, by the affine maps of the library's own steps.
     operator, variances, data, mean, covariance = observed("smooth", "lo")
     forward = functools.partial(jnp.matmul, jnp.asarray(operator))
-    guided = guidance.gamma(prior("smooth"), forward, jnp.asarray(data), jnp.asarray(variances))
+    guided = guided_by("gamma", prior("smooth"), forward, data, variances)
     grid, still = diffusion.cosine_grid(256), jnp.zeros(SIZE)
     basis = jnp.concatenate([still[None], jnp.eye(SIZE)])
     maps = (
@@ -466,7 +467,7 @@ def test_gamma_is_the_gradient_and_its_curvature_is_bounded():
     operator, variances, data, *_ = observed("smooth", "lo")
     forward = functools.partial(jnp.matmul, jnp.asarray(operator))
     factor, x = 0.05, np.random.default_rng(1).standard_normal(SIZE)
-    guided = guidance.gamma(prior("smooth"), forward, jnp.asarray(data), jnp.asarray(variances), factor=factor)
+    guided = guided_by("gamma", prior("smooth"), forward, data, variances, factor=factor)
     tightest = np.inf
     for level in (0.02, 0.3, 5.0):
         gain = np.linalg.solve(chain("smooth") + level**2 * np.eye(SIZE), chain("smooth"))
@@ -608,6 +609,43 @@ def test_error_of_composition(kind, k, kl):
     assert found[1].mean() < 0.97
 
 
+@pytest.mark.parametrize("name", ["mmps", "mmps_iterative", "surrogate"])
+def test_a_log_density_of_the_state_counts_as_a_datum(name):
+    """The mean of the whole trajectory, given as a normal datum and as a log density of any scale."""
+    operator, variances, data, *_ = observed("rough", "lo")
+    rows = np.vstack([operator, np.full((1, SIZE), 1 / SIZE)])
+    both = np.append(variances, 0.01), np.append(data, 0.3)
+    covariance = jnp.asarray(chain("rough"))
+    datum = guided_by(name, prior("rough"), functools.partial(jnp.matmul, rows), both[1], both[0], covariance)
+    seen = guidance.gaussian(functools.partial(jnp.matmul, jnp.asarray(operator)), jnp.asarray(data), variances)
+    seen = guidance.with_terms(seen, lambda x: -0.5 * (jnp.mean(x) - 0.3)[None] ** 2 / 0.01)
+    options = {"surrogate": {"covariance": covariance}, "mmps_iterative": {"iterations": 40}}.get(name, {})
+    term = getattr(guidance, name)(prior("rough"), seen, **options)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(SIZE))
+    close(jax.jit(term)(x, 0.7), jax.jit(datum)(x, 0.7), 1e-9)
+
+
+def test_a_term_without_curvature_pulls_and_does_not_explode():
+    seen = guidance.gaussian(lambda x: x[:0], jnp.zeros(0), jnp.zeros(0))
+    pulled = guidance.surrogate(prior("rough"), guidance.with_terms(seen, lambda x: 2.0 * x[:1]), chain("rough"))
+    still = guidance.surrogate(prior("rough"), guidance.with_terms(seen, lambda x: 0.0 * x[:1]), chain("rough"))
+    x = jnp.zeros(SIZE)
+    V = np.linalg.inv(np.linalg.inv(chain("rough")) + np.eye(SIZE) / 0.5**2)
+    close(pulled(x, 0.5), 2.0 * V[0], 1e-4)
+    close(still(x, 0.5), prior("rough")(x, 0.5))
+
+
+def test_a_poisson_datum_is_its_own_log_density():
+    """The guided denoiser of `gamma` at a level near zero moves by the gradient of the log density itself."""
+    r = np.random.default_rng(3)
+    x, counts = jnp.asarray(r.standard_normal(6)), jnp.asarray([0.0, 2.0, np.nan, 1.0, 5.0, 0.0])
+    seen = guidance.gaussian(jnp.exp, counts, jnp.exp)
+    level = 1e-5
+    moved = guidance.gamma(lambda x, s: x, seen)(x, level)
+    slope = jnp.where(jnp.isnan(counts), 0.0, counts - jnp.exp(x))
+    close((moved - x) / level**2, slope, 1e-5)
+
+
 # --------------------------------------------------------------------------------------------------------- precision
 
 
@@ -618,9 +656,8 @@ def test_float32_stays_and_is_close():
     def run(dtype):
         arrays = [jnp.asarray(value, dtype) for value in (operator, data, variances, *np.linalg.eigh(chain("rough")))]
         values, vectors = arrays[3:]
-        guided = guidance.gamma(
-            lambda x, s: vectors @ (values / (values + s**2) * (x @ vectors)), lambda x: arrays[0] @ x, *arrays[1:3]
-        )
+        seen = guidance.gaussian(lambda x: arrays[0] @ x, *arrays[1:3])
+        guided = guidance.gamma(lambda x, s: vectors @ (values / (values + s**2) * (x @ vectors)), seen)
         grid = diffusion.power_grid(16, highest=20.0).astype(dtype)
         return diffusion_samplers.multistep(guided, jnp.asarray(20.0 * np.sin(np.arange(SIZE)), dtype), grid)
 
