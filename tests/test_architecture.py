@@ -203,6 +203,22 @@ PUBLIC = [
     "prior",
     "save",
     "simulator",
+    "ScoreTrajectory",
+    "ScoreTraining",
+    "GammaGuidance",
+    "MomentMatching",
+    "SurrogateGuidance",
+    "NoGuidance",
+    "SourceSpace",
+    "TransitionHMC",
+    "Heun",
+    "Multistep",
+    "DDIM",
+    "Ancestral",
+    "WindowMLP",
+    "TemporalUNet",
+    "FieldUNet",
+    "TrajectoryTransformer",
 ]
 
 # Modules and functions over the limits of 400 and 60 lines, each with its reason.

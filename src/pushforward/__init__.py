@@ -11,6 +11,10 @@ from pushforward.learned.estimators import EnergyMap, FlowMatching, PointEstimat
 from pushforward.learned.fitting import Training
 from pushforward.learned.flow_prior import FlowPrior
 from pushforward.learned.flows import Flow
+from pushforward.learned.score_networks import WindowMLP
+from pushforward.learned.score_training import ScoreTraining
+from pushforward.learned.score_transformer import TrajectoryTransformer
+from pushforward.learned.score_unets import FieldUNet, TemporalUNet
 from pushforward.learned.surrogate import Surrogate
 from pushforward.local_calibration import local_check
 from pushforward.methods import (
@@ -33,6 +37,7 @@ from pushforward.methods import (
     ParticleGibbs,
     Pathfinder,
     PreconditionedCrankNicolson,
+    ScoreTrajectory,
     TemperedSMC,
 )
 from pushforward.methods._covariance import Diagonal, Full, LowRank
@@ -72,6 +77,18 @@ from pushforward.methods._particle_parts import (
 )
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
+from pushforward.methods._score_correction import TransitionHMC
+from pushforward.methods._score_parts import (
+    DDIM,
+    Ancestral,
+    GammaGuidance,
+    Heun,
+    MomentMatching,
+    Multistep,
+    NoGuidance,
+    SurrogateGuidance,
+)
+from pushforward.methods._score_source import SourceSpace
 from pushforward.model.simulator import simulator
 from pushforward.online import online
 from pushforward.plot_calibration import plot_calibration
@@ -82,6 +99,7 @@ from pushforward.predictive import add_log_likelihood, predict, prior
 
 __all__ = [
     "ALDI",
+    "DDIM",
     "EKI",
     "EKS",
     "ETKF",
@@ -96,6 +114,7 @@ __all__ = [
     "Additive",
     "AmortizedFlow",
     "AncestorTracing",
+    "Ancestral",
     "Auxiliary",
     "BackwardMoves",
     "BackwardSimulation",
@@ -111,14 +130,17 @@ __all__ = [
     "EnergyMap",
     "Exact",
     "Extended",
+    "FieldUNet",
     "FiniteSize",
     "Flow",
     "FlowMatching",
     "FlowPrior",
     "FlowVI",
     "Full",
+    "GammaGuidance",
     "GaussianVI",
     "Guide",
+    "Heun",
     "Image",
     "Iterated",
     "IterativeEnKS",
@@ -128,10 +150,13 @@ __all__ = [
     "Linearized",
     "LiuWest",
     "LowRank",
+    "MomentMatching",
     "Multinomial",
     "Multiplicative",
+    "Multistep",
     "NeuralLikelihood",
     "Newton",
+    "NoGuidance",
     "NoInflation",
     "NoJitter",
     "Optimal",
@@ -143,18 +168,26 @@ __all__ = [
     "PreconditionedCrankNicolson",
     "RaoBlackwell",
     "Residual",
+    "ScoreTraining",
+    "ScoreTrajectory",
     "SerialEnSRF",
     "Series",
     "Sets",
+    "SourceSpace",
     "StopGradient",
     "Stratified",
     "Surrogate",
+    "SurrogateGuidance",
     "Systematic",
     "TemperedSMC",
+    "TemporalUNet",
     "Training",
+    "TrajectoryTransformer",
+    "TransitionHMC",
     "Transport",
     "Unscented",
     "Vector",
+    "WindowMLP",
     "add_log_likelihood",
     "attributes",
     "calibrate",

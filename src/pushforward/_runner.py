@@ -54,7 +54,15 @@ class Runner:
         self.run_seconds += time.perf_counter() - start
         return result
 
-    def loop(self, advance: Callable, state: Any, total: int, *args: Any, every: int | None = None) -> Any:
+    def loop(
+        self,
+        advance: Callable,
+        state: Any,
+        total: int,
+        *args: Any,
+        every: int | None = None,
+        feed: Callable[[int], Any] | None = None,
+    ) -> Any:
         """Run `state = advance(state, start, stop, *args)` over `total` steps in chunks.
 
         Args:
@@ -62,14 +70,18 @@ class Runner:
             state: pytree of arrays.
             total: number of steps.
             args: further arguments of `advance`.
+            every: steps between two checkpoints.
+            feed: what `advance` is given of each step before `args`; steps are then run one by one.
         """
         start, state = self._resume(state)
         chunks = _CHUNKS if self.progress or self.checkpoint else 1
         size = every if every and self.checkpoint else max(1, -(-total // chunks))
+        size = 1 if feed else size
         with _bar(self.progress, self.label, start, total) as bar:
             while start < total:
                 stop = min(start + size, total)
-                state = self.call(advance, state, jnp.asarray(start), jnp.asarray(stop), *args)
+                fed = (feed(start),) if feed else ()
+                state = self.call(advance, state, jnp.asarray(start), jnp.asarray(stop), *fed, *args)
                 self._save(stop, state)
                 bar.update(stop - start)
                 start = stop

@@ -11,11 +11,14 @@ The first three rows follow the probability-flow ODE ``dx / ds = (x - D(x, s)) /
 `heun`       2 steps - 1     second order; robust: the default
 `multistep`  steps           second order (DPM-Solver++ 2M): most accurate for its price where D is smooth
 `ancestral`  steps           stochastic, first order; forgets errors of earlier levels, needs many steps
-`corrected`  (1 + C) steps   `ddim` with C Langevin moves at each level: mends approximate guidance, not the prior
+`corrected`  (1 + C) steps   `ddim` (or `heun`, one step more) with C Langevin moves at each level: mends approximate
+                             guidance, not the prior
 ===========  ==============  ==========================================================================================
 
 The second column counts evaluations of the denoiser.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -191,10 +194,12 @@ def corrected(
     corrections: int = 1,
     tau: Scalar = 0.1,
     curvatures: Float[Array, "steps"] | None = None,
+    advance: Callable[[Denoiser, State, Scalar, Scalar], State] = ddim_step,
 ) -> State:
-    """The state at the end of the grid by `ddim_step`s, each followed by Langevin moves at its new level.
+    """The state at the end of the grid by steps, each followed by Langevin moves at its new level.
 
-    The paper's sampler, for `cosine_grid(256)`. No moves follow the last step, where the level may be 0.
+    With `ddim_step` the paper's sampler, for `cosine_grid(256)`. The last step, where the level may be 0, is a
+    `ddim_step`, and no moves follow it.
 
     Args:
         denoise: D(x, s).
@@ -204,6 +209,7 @@ def corrected(
         corrections: C, the moves at each level.
         tau: see `stable_delta`.
         curvatures: of each level of ``grid[1:]``, for `stable_delta`; 1 by default.
+        advance: a step, `ddim_step` or `heun_step`.
 
     Source: Rozet and Louppe 2023, arXiv:2306.10574, algorithm 4.
     """
@@ -216,7 +222,7 @@ def corrected(
 
     def step(x: State, row: tuple[Array, Array, Array, Array]) -> tuple[State, None]:
         level, following, curvature, key = row
-        x = ddim_step(denoise, x, level, following)
+        x = advance(denoise, x, level, following)
         keys = jax.random.split(key, corrections)
         repeated = (jnp.broadcast_to(following, (corrections,)), jnp.broadcast_to(curvature, (corrections,)), keys)
         return jax.lax.scan(move, x, repeated)[0], None

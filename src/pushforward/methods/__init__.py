@@ -17,6 +17,7 @@ from pushforward.methods.particle_gibbs import ParticleGibbs
 from pushforward.methods.pathfinder import Pathfinder
 from pushforward.methods.pcn import PreconditionedCrankNicolson
 from pushforward.methods.pmmh import PMMH
+from pushforward.methods.score_trajectory import ScoreTrajectory
 from pushforward.methods.smc2 import SMC2
 from pushforward.methods.tempered_smc import TemperedSMC
 from pushforward.methods.uki import UKI
@@ -42,5 +43,6 @@ NAMES = {
     "pmmh": PMMH,
     "particle_gibbs": ParticleGibbs,
     "smc2": SMC2,
+    "score_trajectory": ScoreTrajectory,
 }
 """Names that stand for a method with its defaults."""

@@ -82,17 +82,23 @@ class _Reached(Exception):
     """Leaves the model at its scan."""
 
 
-def read_chain(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
+def read_chain(structure: Structure, arrays: tuple[Array, ...], *, local: bool = True) -> ChainStructure:
     """Read the scan of a model that was read as a joint density.
+
+    Args:
+        structure: the joint density.
+        arrays: the model's array arguments.
+        local: whether what is observed outside the scan must be local in time, as filters need it; otherwise it is
+            not sorted.
 
     Raises:
         ModelError: the model has no scan, or one that state methods cannot read; the text says what to write.
     """
     with numpyro.validation_enabled(False):
-        return _read(structure, arrays)
+        return _read(structure, arrays, local)
 
 
-def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
+def _read(structure: Structure, arrays: tuple[Array, ...], local: bool) -> ChainStructure:
     outer = {n: jnp.zeros(s.shape) for n, s in structure.slots.items() if s.steps is None}
     inner = tuple(n for n, s in structure.slots.items() if s.steps is not None)
     explored = _explore(structure, arrays, outer)
@@ -121,10 +127,11 @@ def _read(structure: Structure, arrays: tuple[Array, ...]) -> ChainStructure:
             )
     program = around(parameters)
     body = seen["body"]
-    first, fused, static = _sort_observed(program, seen, initial, late)
+    first, fused, static = _sort_observed(program, seen, initial, late) if local else ((), (), ())
     random = _random_leaves(program, body, initial, len(explored["carry"]))
     floating = [jnp.issubdtype(c.dtype, jnp.floating) for c in explored["carry"]]
-    families = seen["families"] | {n: seen["outer_families"][n] for n in (*first, *fused)}
+    outside = (*first, *fused) if local else tuple(seen["outer_families"])
+    families = seen["families"] | {n: seen["outer_families"][n] for n in outside}
     sites = structure.sites
     return ChainStructure(
         joint=structure,
@@ -254,6 +261,15 @@ def read_again(s: ChainStructure, mode: Mode) -> tuple[Program, Program]:
     with numpyro.validation_enabled(False):
         around = Program(_around(s.joint, s.parameters, explored, seen, mode), **s.around.inputs)
     return around, seen["body"]
+
+
+def explored_by_value(s: ChainStructure, names: tuple[str, ...]) -> Program:
+    """The program around the scan, with sites outside it set to values."""
+    joint = s.joint
+    values = {n: jnp.zeros(joint.sites[n].shape, int if joint.sites[n].discrete else float) for n in names}
+    explored = {"carry": s.carry, "length": s.length}
+    with numpyro.validation_enabled(False):
+        return Program(_around(joint, names, explored, {}), **(s.around.inputs | {"outer": values}))
 
 
 def _reaches(program: Program, name: str, through: tuple[str, ...], never: tuple[str, ...]) -> bool:

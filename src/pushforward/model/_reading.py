@@ -337,7 +337,8 @@ def _describe(site: dict, body: dict[str, Any] | None, named: tuple[str, ...]) -
         check_latent(site)
     if body is None:
         return Site(name, "fixed", kind, shape, dims)
-    read = Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], None, law.event_dim)
+    support = None if law.is_discrete else concrete_support(law)
+    read = Site(name, "parameter", kind, shape, dims, body["map"], body["exact"], support, law.event_dim)
     return replace(read, discrete=body["discrete"], states=body["states"])
 
 

@@ -22,6 +22,13 @@ discrete states `stochastic_volatility`, `nonlinear_growth`, `influenza`, `regim
 >>> nile.DATA.shape
 (100,)
 
+Whole trajectories, for score-based sampling, each with simulated trajectories to train on and exact answers, reference
+draws or published figures: `rotating_chain`, `lorenz63_trajectory`, `kolmogorov`, `jumps`.
+
+>>> from pushforward.problems import rotating_chain
+>>> rotating_chain.scenario("lo").noise
+0.05
+
 Four tasks of simulation-based inference, each with ten data sets and exact, independent draws of the posterior of
 `theta` at any data: `two_moons`, `gaussian_linear`, `gaussian_mixture`, `slcp`. `two_moons` has no likelihood, so it is
 a module only and no `problem`.
@@ -39,15 +46,19 @@ from pushforward.problems import (
     gaussian_linear,
     gaussian_mixture,
     influenza,
+    jumps,
+    kolmogorov,
     linear_gaussian,
     linear_state_space,
     local_linear,
     lorenz63,
+    lorenz63_trajectory,
     lorenz96,
     lynx_hare,
     nile,
     nonlinear_growth,
     regime_switching,
+    rotating_chain,
     slcp,
     stochastic_volatility,
     two_moons,
@@ -66,16 +77,20 @@ __all__ = [
     "gaussian_linear",
     "gaussian_mixture",
     "influenza",
+    "jumps",
+    "kolmogorov",
     "linear_gaussian",
     "linear_state_space",
     "local_linear",
     "lorenz63",
+    "lorenz63_trajectory",
     "lorenz96",
     "lynx_hare",
     "nile",
     "nonlinear_growth",
     "problem",
     "regime_switching",
+    "rotating_chain",
     "slcp",
     "stochastic_volatility",
     "two_moons",

@@ -34,7 +34,7 @@ class Scenario(NamedTuple):
         return jnp.where(self.mask(len(seen)), noisy, jnp.nan)
 
 
-def scenario(known: Mapping[str, Scenario], name: str) -> Scenario:
+def scenario[Kind](known: Mapping[str, Kind], name: str) -> Kind:
     """The scenario of that name.
 
     Raises:
