@@ -1,5 +1,7 @@
 """Networks of score-based trajectory sampling: shapes, symmetries, what they depend on, and what they refuse."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,20 @@ KEY = jax.random.key(0)
 NETWORKS = {
     "window": (WindowMLP(width=8, depth=2), (5, 3), 2),
     "temporal": (TemporalUNet(channels=(4, 6), blocks=2), (7, 3), 2),
-    "temporal_field": (TemporalUNet(channels=(4,), blocks=1, kernel=5), (3, 2, 2), 0),
-    "field": (FieldUNet(channels=(4, 6), blocks=1), (3, 4, 6, 2), 2),
-    "field_zero": (FieldUNet(channels=(4, 6), blocks=2, padding="zero"), (2, 4, 4), 1),
+    "field": (FieldUNet(channels=(4,), blocks=1), (3, 4, 6, 2), 1),
     "transformer": (TrajectoryTransformer(width=8, depth=2, heads=2), (6, 3), 2),
 }
 
 
-@eqx.filter_jit
-def perturbed(options, shape, parameters, size=0.3):
-    """The network with all weights moved at random, so that nothing is zero."""
-    changing, rest = trainable(options.build(KEY, shape, parameters))
-    flat, unravel = ravel_pytree(changing)
-    return eqx.combine(unravel(flat + size * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype)), rest)
+def perturbed(options, shape, parameters):
+    """The network with random weights everywhere, so that nothing is zero."""
+    rng = np.random.default_rng(1)
+
+    def filled(leaf):
+        size = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.3
+        return jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(filled, eqx.filter_eval_shape(options.build, KEY, shape, parameters))
 
 
 def compiled(options, shape, parameters):
@@ -37,74 +40,49 @@ def compiled(options, shape, parameters):
 
 
 def inputs(shape, parameters, batch=()):
-    keys = jax.random.split(jax.random.key(2), 3)
-    return (
-        jax.random.normal(keys[0], (*batch, *shape)),
-        jax.random.normal(keys[1], batch),
-        jax.random.normal(keys[2], (*batch, parameters)),
-    )
+    rng = np.random.default_rng(2)
+    return tuple(jnp.asarray(rng.normal(size=(*batch, *part)), float) for part in (shape, (), (parameters,)))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_returns_the_shape_of_its_states_and_starts_at_zero(name):
+def test_shapes_derivatives_and_what_a_network_depends_on(name):
     options, shape, parameters = NETWORKS[name]
     assert options.why_not(shape) is None
-    network = eqx.filter_jit(options.build)(KEY, shape, parameters)
-    check_network(network, shape, parameters)
-    np.testing.assert_array_equal(eqx.filter_jit(network)(*inputs(shape, parameters)), np.zeros(shape))
-    assert {v.dtype for v in jax.tree.leaves(network)} == {jnp.dtype("float32")}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_batches_derivatives_and_what_a_network_depends_on(name):
-    options, shape, parameters = NETWORKS[name]
-    changing, rest = trainable(perturbed(options, shape, parameters))
+    initial = eqx.filter_jit(options.build)(KEY, shape, parameters)
+    check_network(initial, shape, parameters)
     x, condition, given = inputs(shape, parameters, (3,))
 
     @jax.jit
-    def batch(changing, x, condition, given):
-        def one(x, condition, given, cotangent):
-            out, push = jax.linearize(lambda *a: eqx.combine(changing, rest)(*a), x, condition, given)
-            _, pull = jax.vjp(lambda w, v: eqx.combine(w, rest)(v, condition, given), changing, x)
-            zero = jnp.zeros_like(x), jnp.zeros_like(condition), jnp.zeros_like(given)
-            by_level = push(zero[0], jnp.ones_like(condition), zero[2])
-            by_given = jax.vmap(lambda e: push(zero[0], zero[1], e))(jnp.eye(given.size))
-            return out, push(cotangent, *zero[1:]), pull(cotangent), by_level, by_given
+    @partial(jax.vmap, in_axes=(None, 0, 0, 0, 0))
+    def everything(network, x, condition, given, direction):
+        out, push = jax.linearize(lambda v: network(v, condition, given), x)
+        _, pull = jax.vjp(lambda n, *a: n(*a), network, x, condition, given)
+        return out, push(direction), pull(direction)
 
-        return jax.vmap(one)(x, condition, given, x[::-1])
-
-    out, pushed, (slopes, pulled), by_level, by_given = batch(changing, x, condition, given)
-    alone = compiled(options, shape, parameters)
-    for i in range(3):
-        np.testing.assert_allclose(out[i], alone(x[i], condition[i], given[i]), rtol=2e-4, atol=2e-4)
+    np.testing.assert_array_equal(everything(initial, x, condition, given, x)[0], np.zeros((3, *shape)))
+    network = perturbed(options, shape, parameters)
+    assert ravel_pytree(trainable(network)[0])[0].dtype == jnp.float32
+    out, pushed, (weights, pulled, by_level, by_given) = everything(network, x, condition, given, x[::-1])
+    assert out.shape == (3, *shape)
+    assert out.dtype == jnp.float32
     # c . (J c) forward is (J^t c) . c backward.
     np.testing.assert_allclose(np.sum(pushed * x[::-1]), np.sum(pulled * x[::-1]), rtol=1e-3)
-    assert np.abs(by_level).max() > 1e-2
-    assert np.all(np.abs(by_given).max((0, *range(2, by_given.ndim))) > 1e-2)
-    unused = [path for path, v in jax.tree_util.tree_leaves_with_path(slopes) if not np.any(np.asarray(v))]
+    assert np.all(np.abs(by_level) > 1e-3)
+    assert np.all(np.abs(by_given) > 1e-3)
+    unused = [path for path, v in jax.tree_util.tree_leaves_with_path(weights) if not np.any(np.asarray(v))]
     assert unused == []
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("temporal_field", "field_zero")])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_float64_is_kept(name):
     options, shape, parameters = NETWORKS[name]
     network = perturbed(options, shape, parameters)
     x, condition, given = inputs(shape, parameters)
-    assert {v.dtype for v in jax.tree.leaves(network)} == {jnp.dtype("float64")}
-    assert x.dtype == jnp.float64
+    program = str(jax.make_jaxpr(network)(x, condition, given))
+    assert "f64[" in program
+    assert "f32[" not in program
     assert eqx.filter_eval_shape(network, x.astype("float32"), condition, given).dtype == jnp.float32
-
-    # A central difference at this step has an error of 1e-10 in float64, and of 1e-2 where float32 is hidden inside.
-    @jax.jit
-    def derivatives(x):
-        _, exact = jax.jvp(lambda v: network(v, condition, given), (x,), (jnp.ones_like(x),))
-        ends = jax.lax.map(lambda v: network(v, condition, given), jnp.stack([x + 1e-5, x - 1e-5]))
-        return exact, (ends[0] - ends[1]) / 2e-5
-
-    exact, difference = derivatives(x)
-    assert exact.dtype == jnp.float64
-    np.testing.assert_allclose(difference, exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +95,20 @@ def test_networks_of_trajectories_take_other_lengths(network, length):
     check_network(built, (length, 2), 0)
 
 
+def check_shape(options, built, called):
+    """The call of a network built for one shape with another, by shapes alone."""
+    eqx.filter_eval_shape(lambda *a: options.build(KEY, built, 0)(*a), *inputs(called, 0))
+
+
 def test_windows_and_fields_refuse_other_lengths():
     assert not WindowMLP.any_length
     assert not FieldUNet.any_length
     for options, shape in ((WindowMLP(width=4, depth=1), (5, 3)), (FieldUNet(channels=(4,), blocks=1), (5, 2, 2))):
         with pytest.raises(MethodError, match=r"built for windows of shape \(5, .*got \(6, "):
-            perturbed(options, shape, 0)(jnp.zeros((6, *shape[1:])), jnp.zeros(()), jnp.zeros(0))
+            check_shape(options, shape, (6, *shape[1:]))
     for options in (TemporalUNet(channels=(4,)), TrajectoryTransformer(width=8, heads=2)):
         with pytest.raises(MethodError, match=r"built for states of shape \(3,\); got \(2,\)"):
-            perturbed(options, (5, 3), 0)(jnp.zeros((5, 2)), jnp.zeros(()), jnp.zeros(0))
+            check_shape(options, (5, 3), (5, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ symmetries
@@ -133,18 +116,18 @@ def test_windows_and_fields_refuse_other_lengths():
 
 @pytest.mark.usefixtures("float64")
 def test_circular_fields_commute_with_shifts_by_coarse_cells():
-    network = compiled(FieldUNet(channels=(4, 5, 6), blocks=1), (3, 8, 12, 2), 0)
-    x, condition, given = inputs((3, 8, 12, 2), 0)
+    network = compiled(FieldUNet(channels=(4, 6), blocks=1), (3, 4, 6, 2), 0)
+    x, condition, given = inputs((3, 4, 6, 2), 0)
     out = network(x, condition, given)
-    for shift in ((4, 0), (0, 4), (4, 8)):
+    for shift in ((2, 0), (0, 2), (2, 4)):
         moved = network(jnp.roll(x, shift, (1, 2)), condition, given)
         np.testing.assert_allclose(moved, jnp.roll(out, shift, (1, 2)), atol=1e-12)
     # A shift by less than a coarse cell is no symmetry, and neither is any with edges.
     moved = network(jnp.roll(x, 1, 1), condition, given)
     assert jnp.max(jnp.abs(moved - jnp.roll(out, 1, 1))) > 1e-3
-    edges = compiled(FieldUNet(channels=(4, 5, 6), blocks=1, padding="zero"), (3, 8, 12, 2), 0)
-    moved = edges(jnp.roll(x, 4, 1), condition, given)
-    assert jnp.max(jnp.abs(moved - jnp.roll(edges(x, condition, given), 4, 1))) > 1e-3
+    edges = compiled(FieldUNet(channels=(4, 6), blocks=1, padding="zero"), (3, 4, 6, 2), 0)
+    moved = edges(jnp.roll(x, 2, 1), condition, given)
+    assert jnp.max(jnp.abs(moved - jnp.roll(edges(x, condition, given), 2, 1))) > 1e-3
 
 
 def test_fields_take_states_in_their_order():
@@ -169,16 +152,14 @@ def test_trajectories_commute_with_shifts_in_their_interior():
 
 @pytest.mark.usefixtures("float64")
 def test_what_is_padded_does_not_matter():
-    options = TemporalUNet(channels=(4, 6), blocks=2)
-    built = perturbed(options, (7, 2), 0)
-    network = eqx.filter_jit(built)
+    built = perturbed(TemporalUNet(channels=(4, 6), blocks=2), (7, 2), 0)
     x, condition, given = inputs((7, 2), 0)
-    padded, inside = jnp.pad(x, ((0, 9), (0, 0))), jnp.pad(jnp.ones((7, 1)), ((0, 9), (0, 0)))
-    longer = eqx.filter_jit(built.unet)(padded, inside, condition, given, "zero")[:7]
-    np.testing.assert_allclose(network(x, condition, given), longer, atol=1e-12)
-    # The end is told apart from states that happen to be zero.
-    zeros = network(jnp.pad(x, ((0, 1), (0, 0))), condition, given)[:7]
-    assert jnp.max(jnp.abs(zeros - network(x, condition, given))) > 1e-3
+    run = eqx.filter_jit(built.unet)
+    padded = jnp.pad(x, ((0, 9), (0, 0)))
+    found = [run(padded, (jnp.arange(16) < n)[:, None] * 1.0, condition, given, "zero")[:7] for n in (7, 8)]
+    out = eqx.filter_jit(built)(x, condition, given)
+    np.testing.assert_allclose(out, found[0], atol=1e-12)
+    assert jnp.max(jnp.abs(out - found[1])) > 1e-3, "the end is not told apart from a state that happens to be zero"
 
 
 @pytest.mark.usefixtures("float64")
@@ -187,9 +168,10 @@ def test_attention_knows_how_far_apart_states_are():
     x = jnp.zeros((30, 1))
     at = jnp.zeros(()), jnp.zeros(0)
     out = network(x, *at)
-    effect = [jnp.abs(network(x.at[i].set(1.0), *at) - out)[15, 0] for i in (3, 8, 22)]
-    assert min(effect) > 1e-6, "all states are seen"
-    assert len({round(float(v), 9) for v in effect}) == 3, "and told apart by their distance"
+    effect = [jnp.abs(network(x.at[i].set(1.0), *at) - out)[15, 0] for i in (5, 10, 22)]
+    # Far above 1e-16, the rounding of float64. Without positions states 5 and 10, off the ends, would do the same.
+    assert min(effect) > 1e-10, "all states are seen"
+    assert abs(effect[0] / effect[1] - 1) > 0.01, "and told apart by their distance"
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -199,7 +181,7 @@ def test_attention_knows_how_far_apart_states_are():
     ("make", "match"),
     [
         (lambda: WindowMLP(width=0), r"WindowMLP\(width=\.\.\.\) takes an integer of at least 1; got 0"),
-        (lambda: WindowMLP(depth=2.0), r"WindowMLP\(depth=\.\.\.\) takes an integer of at least 1; got 2\.0"),
+        (lambda: WindowMLP(depth=True), r"WindowMLP\(depth=\.\.\.\) takes an integer of at least 1; got True"),
         (lambda: TemporalUNet(channels=64), r"TemporalUNet\(channels=\.\.\.\) takes a positive integer for each scale"),
         (lambda: TemporalUNet(channels=()), r"such as \(64, 128\); got \(\)"),
         (lambda: TemporalUNet(channels=(8, True)), r"channels=\.\.\..*got \(8, True\)"),
@@ -218,7 +200,7 @@ def test_options_that_make_no_sense_are_refused(make, match):
 
 
 def test_options_are_values():
-    assert TemporalUNet(channels=[64, 128]) == TemporalUNet()
+    assert TemporalUNet(channels=[48, 64, 96]) == TemporalUNet()
     assert hash(TemporalUNet(kernel=5)) == hash(TemporalUNet(kernel=5))
     assert TemporalUNet(kernel=5) != TemporalUNet()
     assert jax.tree.leaves(FieldUNet()) == []

@@ -54,8 +54,7 @@ class WindowMLP(ScoreNetwork):
     """Dense network of a window: its states in one vector, residual blocks of two layers.
 
     ``h <- h + B silu(A ((1 + a) h + b) + a0) + b0``, a and b functions of level and parameters. For windows of a few
-    small states, where it trains faster than convolutions; for states of more than some hundred numbers in a window
-    use `TemporalUNet` or `FieldUNet`.
+    small states; for states of more than some hundred numbers in a window use `TemporalUNet` or `FieldUNet`.
 
     Args:
         width: units of a layer.

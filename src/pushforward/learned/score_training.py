@@ -136,7 +136,8 @@ def _optimiser(options: ScoreTraining) -> Any:
 
     blocks, every = options.blocks
     rise = max(1, int(_WARMUP * blocks * every))
-    rate = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, rise, blocks * every, 0.0)
+    end = max(blocks * every, rise + 1)
+    rate = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, rise, end, 0.0)
     return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adamw(rate, weight_decay=1e-4))
 
 

@@ -67,7 +67,7 @@ class Seen(eqx.Module):
     """What a trajectory predicts of the data, all sites in one vector.
 
     Attributes:
-        mean: (m,), of sites whose law is that of a Gaussian or of an exponential family with this mean.
+        mean: (m,), of sites whose mean follows the trajectory.
         variances: (m,); correlated noise was whitened, mean and data with it.
         data: (m,), NaN where missing.
         terms: log densities of all other sites and of factors, (k,).
@@ -377,12 +377,10 @@ def _places(state: np.ndarray, parts: list[Array]) -> np.ndarray | None:
     return places
 
 
-_EXPONENTIAL = frozenset({"Poisson", "NegativeBinomial2"})
-"""Families with one parameter whose score is ``(y - mean) / variance`` times the slope of the mean."""
-
-
 def _kinds(series: Series) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Data sites that mean and variance describe, and those of which only the log density is used."""
+    """Data sites whose mean follows the trajectory, for which a Gaussian of the same mean and variance stands, and the
+    others, of which the log density is used.
+    """
     families = series.structure.families
     names = sorted(families)
     at = jnp.zeros((series.rows, *series.layout.state))
@@ -399,11 +397,14 @@ def _kinds(series: Series) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for name in names:
         if name not in moving:
             continue
-        family, kind = families[name]
-        mean, noise = (bool(np.any(np.nan_to_num(np.asarray(v)) != 0)) for v in moving[name])
-        counted = kind in _EXPONENTIAL and mean
-        (normal if (family == "gaussian" and not noise) or counted else others).append(name)
+        mean, noise = (np.asarray(v) for v in moving[name])
+        known = np.isfinite(mean).all() and np.isfinite(noise).all() and not _scaled(families[name])
+        (normal if known and mean.any() else others).append(name)
     return tuple(normal), tuple(others)
+
+
+def _scaled(family: tuple[str, str | None]) -> bool:
+    return family[1] is not None and "handlers.scale" in family[1]
 
 
 def needed_parameters(series: Series) -> dict[str, set[str]]:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
@@ -25,22 +25,23 @@ def with_likelihood(
     Args:
         log_likelihood: pure function.
         size: length of z.
-        arrays: pytree that it needs, traced.
+        arrays: pytree that it needs; arrays are traced, all else is hashed.
         identity: what tells one `log_likelihood` from another.
     """
-    leaves, tree = jax.tree.flatten(arrays)
-    values = tuple(jnp.asarray(v) for v in leaves)
+    traced, static = eqx.partition(arrays, eqx.is_array)
+    values, tree = jax.tree.flatten(traced)
     shapes = tuple((v.shape, v.dtype.name) for v in values)
-    name = (identity, size, tree, shapes)
+    name = (identity, size, tree, tuple(jax.tree.leaves(static)), shapes)
     if name not in _KNOWN:
 
         def model(given: tuple) -> None:
             z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([size]).to_event(1))
-            _scan_trace.add_log_density("log_likelihood", log_likelihood(jax.tree.unflatten(tree, given), z))
+            whole = eqx.combine(jax.tree.unflatten(tree, given), static)
+            _scan_trace.add_log_density("log_likelihood", log_likelihood(whole, z))
 
-        structure = Structure(model, Arguments(values, lambda given: ((given,), {}), None))
+        structure = Structure(model, Arguments(tuple(values), lambda given: ((given,), {}), None))
         with numpyro.validation_enabled(False):
-            _fill(structure, values, ())
+            _fill(structure, tuple(values), ())
         _KNOWN.clear()
         _KNOWN[name] = structure
-    return InverseProblem(values, _KNOWN[name])
+    return InverseProblem(tuple(values), _KNOWN[name])
