@@ -219,6 +219,8 @@ PUBLIC = [
     "TemporalUNet",
     "FieldUNet",
     "TrajectoryTransformer",
+    "AveragedGuidance",
+    "AutomaticGuidance",
 ]
 
 # Modules and functions over the limits of 400 and 60 lines, each with its reason.

@@ -32,6 +32,7 @@ CHEAP = {
 # its checks; their own tests hold them to exact answers, and `test_amortized.py` to the contract in the full run.
 ELSEWHERE = {
     "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2", "amortized_flow", "neural_likelihood",
+    "score_trajectory",
 }  # fmt: skip
 
 

@@ -635,6 +635,40 @@ def test_a_term_without_curvature_pulls_and_does_not_explode():
     close(still(x, 0.5), prior("rough")(x, 0.5))
 
 
+def errors(kind, highest=300.0, levels=28):
+    """Covariances of the clean states of the chain given noisy ones."""
+    C = chain(kind)
+    grid = np.geomspace(2e-3, highest, levels)
+    return guidance.Errors(jnp.asarray([C @ np.linalg.inv(C / s**2 + np.eye(SIZE)) for s in grid]), 2e-3, highest), grid
+
+
+def test_measured_errors_of_a_gaussian_guide_exactly():
+    """Exact at the levels of the table; between two, to 3 % of what the data move."""
+    operator, variances, data, mean, _ = observed("rough", "lo")
+    seen = guidance.gaussian(functools.partial(jnp.matmul, jnp.asarray(operator)), jnp.asarray(data), variances)
+    table, grid = errors("rough")
+    guided = jax.jit(guidance.averaged(prior("rough"), seen, table))
+    exact = jax.jit(guidance.surrogate(prior("rough"), seen, jnp.asarray(chain("rough"))))
+    x = jnp.asarray(mean + 0.3 * np.random.default_rng(1).standard_normal(SIZE))
+    for s in grid[::9]:
+        close(guided(x, s), exact(x, s), 1e-8)
+    for s in np.sqrt(grid[1:] * grid[:-1])[::9]:
+        moved = exact(x, s) - prior("rough")(x, s)
+        assert np.linalg.norm(guided(x, s) - exact(x, s)) < 0.03 * np.linalg.norm(moved) + 1e-9
+    close(table.at(jnp.asarray(1e-3)), chain("rough") @ np.linalg.inv(chain("rough") / 1e-6 + np.eye(SIZE)), 1e-7)
+
+
+@pytest.mark.slow
+def test_law_under_measured_errors():
+    operator, variances, data, mean, covariance = observed("rough", "hi")
+    seen = guidance.gaussian(functools.partial(jnp.matmul, jnp.asarray(operator)), jnp.asarray(data), variances)
+    guided = guidance.averaged(prior("rough"), seen, errors("rough")[0])
+    found = distances(law(diffusion_samplers.heun, guided, diffusion.power_grid(64, highest=300.0)), (mean, covariance))
+    assert found[0] <= 0.02
+    assert abs(found[1] - 1.0).max() <= 0.03
+    assert found[2] <= 1e-3
+
+
 def test_a_poisson_datum_is_its_own_log_density():
     """The guided denoiser of `gamma` at a level near zero moves by the gradient of the log density itself."""
     r = np.random.default_rng(3)

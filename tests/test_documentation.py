@@ -22,7 +22,7 @@ WITH_CODE = [page for page in PAGES if FENCE.search(page.read_text())]
 SLOW = {
     "state_space.md", "particles.md", "coming_from_numpyro.md", "results.md", "parallel_and_checkpoints.md",
     "transport.md", "learned_priors.md", "calibration.md", "ensemble_inversion.md", "darcy.md",
-    "surrogates.md",
+    "surrogates.md", "score_trajectories.md",
 }  # fmt: skip
 MODULES = [m.name for m in pkgutil.walk_packages(pf.__path__, "pushforward.")]
 
@@ -32,6 +32,7 @@ def reduced(code: str) -> str:
     code = re.sub(r"\bdraws=[\d_]+", "draws=100", code)
     code = re.sub(r"\bsimulations=[\d_]+", "simulations=300", code)
     code = re.sub(r"\b(num_warmup|num_samples)=\d+", r"\1=100", code)
+    code = re.sub(r"\bScoreTraining\(steps=[\d_]+", "ScoreTraining(steps=100", code)
     code = re.sub(r"\bNUTS\(\)", "NUTS(warmup=100)", code)
     return re.sub(r"\bNUTS\((?=chains|target)", "NUTS(warmup=100, ", code).replace(
         "warmup=100, chains=4, warmup=1000", "warmup=100"

@@ -159,6 +159,14 @@ CHANGED = {
     "particle_gibbs": pf.ParticleGibbs(chains=2),
     "smc2": pf.SMC2(particles=40),
     "discrete_hmm": pf.DiscreteHMM(store="last"),
+    "score_trajectory": pf.ScoreTrajectory(
+        pf.WindowMLP(width=16, depth=1),
+        window=5,
+        guidance="gamma",
+        sampler=pf.Heun(steps=20, corrections=1),
+        correction=pf.TransitionHMC(moves=10),
+        training=pf.ScoreTraining(steps=10, levels=(-2.0, 1.5)),
+    ),
 }
 
 

@@ -62,7 +62,7 @@ def fit(method, steps=STEPS, **options):
 
 @pytest.fixture(scope="module")
 def exact():
-    method = pf.ScoreTrajectory(exact_network(STEPS + 1), training=ONE, sampler=pf.Heun(steps=48))
+    method = pf.ScoreTrajectory(exact_network(STEPS + 1), training=ONE, guidance="surrogate", sampler=pf.Heun(steps=48))
     return fit(method, trajectories=standardised(4000))
 
 
@@ -85,7 +85,8 @@ def infer(method, y, **options):
 
 def changed(method, **options):
     """The same trained method with other options."""
-    other = pf.ScoreTrajectory(method.network, training=method.training, **{"sampler": method.sampler} | options)
+    options = {"sampler": method.sampler, "guidance": method.guidance, "window": method.window} | options
+    other = pf.ScoreTrajectory(method.network, training=method.training, **options)
     return eqx.tree_at(lambda m: m.trained, other, method.trained, is_leaf=lambda v: v is None)
 
 
@@ -106,6 +107,7 @@ def check_moments(x, mean, covariance, sigmas=5.0, allowed=0.0, width=0.02):
     [
         {},
         {"sampler": "multistep"},
+        {"sampler": pf.Heun(steps=48, corrections=1)},
         {"guidance": "mmps", "sampler": pf.Heun(steps=32)},
         {"guidance": pf.MomentMatching(iterations=20), "sampler": pf.Heun(steps=32)},
     ],
@@ -116,6 +118,15 @@ def test_draws_are_of_the_smoothing_law(exact, data, options):
     law = rotating_chain.exact(data, **ARGUMENTS)
     found = states(infer(changed(exact, **options), data, draws=2000))
     check_moments(found, law.mean, law.covariance, allowed=0.02, width=0.03)
+
+
+@pytest.mark.parametrize("corrections", [0, 1])
+def test_measured_errors_guide_as_well_as_they_are_known(exact, data, corrections):
+    """Errors of 4096 windows are known to 2 % or so, of a way from prior to posterior of 5 sd and more: up to .2 sd."""
+    law = rotating_chain.exact(data, **ARGUMENTS)
+    method = changed(exact, guidance="auto", sampler=pf.Heun(steps=48, corrections=corrections))
+    found = states(infer(method, data, draws=2000))
+    check_moments(found, law.mean, law.covariance, allowed=0.2, width=0.06)
 
 
 def test_moves_mend_gamma(exact, data):
@@ -321,6 +332,8 @@ def test_windows_serve_trajectories_of_any_length(data):
     fitted = fit(method)
     assert fitted.trained.model.covariance.shape == (STEPS + 1, 2, 2)
     assert infer(fitted, np.concatenate([data, data, data]), draws=3)["posterior"]["x"].shape == (1, 3, 50, 2)
+    for guidance in ("surrogate", "gamma", "averaged"):
+        assert infer(changed(fitted, guidance=guidance), data, draws=3)["posterior"]["x"].shape[2] == STEPS
     with pytest.raises(MethodError, match="a trajectory has 3 states, fewer than the 5 of a window"):
         infer(fitted, data[:3], draws=3)
 
@@ -459,7 +472,7 @@ def test_other_states_than_those_of_the_training_are_refused(data):
         ({"network": "resnet"}, r"one of \['mlp', 'unet', 'field', 'transformer'\].*'resnet'"),
         ({"network": 3}, "takes an Equinox module"),
         ({"window": 4}, "takes an odd number of states"),
-        ({"guidance": "dps"}, r"guidance=.*\['gamma', 'mmps', 'surrogate', 'none'\]; got 'dps'"),
+        ({"guidance": "dps"}, r"guidance=.*\['auto', 'averaged', 'gamma', 'mmps', 'surrogate', 'none'\]; got 'dps'"),
         ({"guidance": 0.1}, "guidance=.*pf.SourceSpace"),
         ({"sampler": "euler"}, r"sampler=.*\['heun', 'multistep', 'ddim', 'ancestral'\]"),
         ({"correction": "hmc"}, r"takes None or pf.TransitionHMC\(\)"),

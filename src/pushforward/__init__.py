@@ -78,16 +78,15 @@ from pushforward.methods._particle_parts import (
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.methods._score_correction import TransitionHMC
-from pushforward.methods._score_parts import (
-    DDIM,
-    Ancestral,
+from pushforward.methods._score_guidance import (
+    AutomaticGuidance,
+    AveragedGuidance,
     GammaGuidance,
-    Heun,
     MomentMatching,
-    Multistep,
     NoGuidance,
     SurrogateGuidance,
 )
+from pushforward.methods._score_samplers import DDIM, Ancestral, Heun, Multistep
 from pushforward.methods._score_source import SourceSpace
 from pushforward.model.simulator import simulator
 from pushforward.online import online
@@ -115,7 +114,9 @@ __all__ = [
     "AmortizedFlow",
     "AncestorTracing",
     "Ancestral",
+    "AutomaticGuidance",
     "Auxiliary",
+    "AveragedGuidance",
     "BackwardMoves",
     "BackwardSimulation",
     "Bootstrap",

@@ -10,11 +10,16 @@ from jax.flatten_util import ravel_pytree
 from pushforward._types import Array, Float, Key
 from pushforward.learned.score_networks import ScoreNetwork
 from pushforward.math.diffusion import Denoiser, preconditioned
+from pushforward.math.guidance import Errors, positive_part
 from pushforward.math.window_scores import composed
 
 _DENSE = 1500
 """Numbers of a trajectory up to which its covariance is kept whole."""
 _LAGS = 256
+_LEVELS = (2e-3, 80.0)
+_TABLE = 24
+_ERRORS = 512
+"""Numbers that the network sees up to which its errors are kept."""
 _CHANNELS = 64
 
 
@@ -69,6 +74,8 @@ class ScoreModel(eqx.Module):
         given_spread: standard deviation of the static parameters.
         covariance: of standardised states: of the whole trajectory (rows, c, rows, c) for a network of the whole,
             autocovariances (lags, c, c) for one of windows; empty where states are large.
+        errors: mean squared errors of the denoiser at levels from 2e-3 to 80, (levels, length, c, length, c) for what
+            the network sees; empty where that is large.
     """
 
     shape: ScoreShape
@@ -78,6 +85,7 @@ class ScoreModel(eqx.Module):
     given_location: Array
     given_spread: Array
     covariance: Array
+    errors: Array
 
     @property
     def state(self) -> tuple[int, ...]:
@@ -114,6 +122,28 @@ class ScoreModel(eqx.Module):
         blocks = jnp.where((step < 0)[..., None, None], jnp.swapaxes(blocks, -1, -2), blocks)
         return jnp.moveaxis(blocks, 2, 1).reshape(rows * c, rows * c)
 
+    def errors_of(self, rows: int) -> Errors | None:
+        """Mean squared errors of D for trajectories of `rows` states, or None where they are not known.
+
+        For a network of windows the errors of a window stand for all, as a function of the time between two states, and
+        the matrix is made positive.
+        """
+        if self.errors.size == 0:
+            return None
+        levels, length, c = self.errors.shape[:3]
+        if rows == length:
+            return Errors(self.errors.reshape(levels, rows * c, rows * c), *_LEVELS)
+        if not self.shape.windowed:
+            return None
+        step = jnp.arange(rows)[None, :] - jnp.arange(rows)[:, None]
+        k = length // 2
+        # Errors of the middle state with those around it.
+        centre = jnp.moveaxis(self.errors[:, k], 2, 1)
+        # (levels, length, c, c): middle state, then the other.
+        blocks = jnp.where((jnp.abs(step) <= k)[..., None, None], centre[:, jnp.clip(step + k, 0, length - 1)], 0.0)
+        whole = jnp.moveaxis(blocks, 3, 2).reshape(levels, rows * c, rows * c)
+        return Errors(jax.lax.map(positive_part, whole), *_LEVELS)
+
 
 def scales(trajectories: Float[Array, "n rows ..."]) -> tuple[Array, Array]:
     """Mean and standard deviation of states, over trajectories and time, and over space where they are fields; 1 for
@@ -123,6 +153,27 @@ def scales(trajectories: Float[Array, "n rows ..."]) -> tuple[Array, Array]:
     axes = (0, 1) if fields < 2 else (0, 1, 2, 3)
     mean, spread = jnp.mean(trajectories, axes), jnp.std(trajectories, axes)
     return mean, jnp.where(spread > 0, spread, 1.0)
+
+
+def errors(shape: ScoreShape, weights: Array, windows: Array, given: Array, key: Key) -> Array:
+    """What `ScoreModel.errors` holds, from standardised windows (n, length, *state) and parameters (n, p)."""
+    n, length = windows.shape[:2]
+    size = windows[0].size
+    if size > _ERRORS:
+        return jnp.zeros(0)
+    levels = jnp.geomspace(*_LEVELS, _TABLE, dtype=windows.dtype)
+
+    def one(window: Array, parameters: Array, level: Array, noise: Array) -> Array:
+        return window - shape.denoiser(weights, parameters)(window + level * noise, level)
+
+    def at(item: tuple[Array, Key]) -> Array:
+        level, k = item
+        noise = jax.random.normal(k, windows.shape, windows.dtype)
+        missed = jax.lax.map(lambda v: one(v[0], v[1], level, v[2]), (windows, given, noise), batch_size=256)
+        flat = missed.reshape(n, size)
+        return (flat.T @ flat / n).reshape(length, -1, length, size // length)
+
+    return jax.lax.map(at, (levels, jax.random.split(key, _TABLE)))
 
 
 def covariance(standardised: Float[Array, "n rows ..."], windowed: bool) -> Array:

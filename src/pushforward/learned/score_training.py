@@ -196,7 +196,7 @@ def _block(
     s: ScoreFit, block: Array, key: Key, train: Any, held: Data, shape: ScoreShape, options: ScoreTraining
 ) -> ScoreFit:
     """Steps of the optimiser between two judgements, and the judgement."""
-    data = train(jax.random.fold_in(key, 0)) if callable(train) else train
+    data: Any = train(jax.random.fold_in(key, 0)) if callable(train) else train
     optimiser, every = _optimiser(options), options.blocks[1]
 
     def step(carry: tuple, i: Array) -> tuple[tuple, Array]:

@@ -13,7 +13,7 @@ from pushforward._errors import DataError, MethodError
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.learned import score_training
-from pushforward.learned.score_model import ScoreModel, ScoreShape, covariance, scales
+from pushforward.learned.score_model import ScoreModel, ScoreShape, covariance, errors, scales
 from pushforward.learned.score_networks import ScoreNetwork, WindowMLP, check_network
 from pushforward.learned.score_training import Chunks, ScoreTraining
 from pushforward.learned.score_transformer import TrajectoryTransformer
@@ -24,6 +24,8 @@ from pushforward.model.series import Series
 NETWORKS = {"mlp": WindowMLP, "unet": TemporalUNet, "field": FieldUNet, "transformer": TrajectoryTransformer}
 _BATCH = 256
 _FAILED = 0.1
+_ERRORS = 2048
+"""Windows at which the errors of the network are measured."""
 _COVARIANCE = 2**22
 """Numbers of trajectories from which covariances are computed."""
 
@@ -121,7 +123,22 @@ def fit(
             "ScoreTrajectory: the held-out loss was never finite. Lower ScoreTraining(learning_rate=...), or look at "
             "the trajectories for extreme values."
         )
-    return ScoreModel(shape, found.best, *scaling, known), score_training.losses(found)
+    source = train[0] if isinstance(train, tuple) else clean
+    windows, about = runner.call(_windows, source, _given(train, parameters), length, jax.random.fold_in(fit_key, 2))
+    missed = runner.call(errors, shape, found.best, windows, about, jax.random.fold_in(fit_key, 3))
+    return ScoreModel(shape, found.best, *scaling, known, missed), score_training.losses(found)
+
+
+def _given(train: Any, parameters: Array) -> Array:
+    return train[1] if isinstance(train, tuple) else parameters
+
+
+def _windows(trajectories: Array, given: Array, length: int, key: Key) -> tuple[Array, Array]:
+    """Random windows, and the parameters of their trajectories."""
+    row_key, start_key = jax.random.split(key)
+    rows = jax.random.randint(row_key, (_ERRORS,), 0, trajectories.shape[0])
+    starts = jax.random.randint(start_key, (_ERRORS,), 0, trajectories.shape[1] - length + 1)
+    return trajectories[rows[:, None], starts[:, None] + jnp.arange(length)], given[rows]
 
 
 def _shape(network: Any, shape: tuple[int, ...], parameters: int, windowed: bool, rows: int) -> ScoreShape:
@@ -192,7 +209,7 @@ def _checked(series: Series, given: Any) -> tuple[Array, Array]:
             )
     if len(parts[0]) < 2:
         raise DataError("trajectories= has one trajectory; at least two are needed, one of which judges.")
-    free = [np.asarray(layout.free(i, p)).reshape(*p.shape[:2], -1) for i, p in enumerate(parts)]
+    free = [np.asarray(layout.free(i, jnp.asarray(p))).reshape(*p.shape[:2], -1) for i, p in enumerate(parts)]
     joined = jnp.asarray(np.concatenate(free, -1)).reshape(*parts[0].shape[:2], *layout.state)
     return joined, jnp.zeros((len(joined), 0))
 

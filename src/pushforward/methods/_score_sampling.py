@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from pushforward._types import Array, Key
 from pushforward.learned.score_model import ScoreModel
 from pushforward.math.guidance import Observe, gaussian, with_terms
-from pushforward.methods._score_parts import Guidance, Sampler, curvatures
+from pushforward.methods._score_guidance import Guidance, curvatures
+from pushforward.methods._score_samplers import Sampler
 from pushforward.model.series import Reading, Series
 
 _MEMORY = 2**24
@@ -59,7 +60,7 @@ def sample(
     denoise, dtype = model.denoiser(given), model.weights.dtype
     shape = (series.rows, *model.state)
     observe = observations(series.reading(parameters), model)
-    guided = chosen.guided(denoise, observe, model.covariance_of(series.rows))
+    guided = chosen.guided(model, denoise, observe, series.rows)
     grid = sampler.grid().astype(dtype)
     bounds = jnp.ones(len(grid) - 1, dtype)
     if sampler.corrections:

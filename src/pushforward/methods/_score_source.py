@@ -12,7 +12,7 @@ from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.learned.score_model import ScoreModel
 from pushforward.methods._base import Method
-from pushforward.methods._score_parts import Sampler
+from pushforward.methods._score_samplers import Sampler
 from pushforward.methods.nuts import NUTS
 from pushforward.methods.pcn import PreconditionedCrankNicolson
 from pushforward.model.inverse import InverseProblem

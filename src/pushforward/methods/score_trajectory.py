@@ -18,7 +18,8 @@ from pushforward.learned.score_training import ScoreTraining
 from pushforward.methods import _score_fit
 from pushforward.methods._base import Draws, Method, check_integer, content, count
 from pushforward.methods._score_correction import TransitionHMC
-from pushforward.methods._score_parts import GUIDANCES, SAMPLERS, Guidance, Heun, Sampler, SurrogateGuidance, option
+from pushforward.methods._score_guidance import GUIDANCES, AutomaticGuidance, Guidance
+from pushforward.methods._score_samplers import SAMPLERS, Heun, Sampler, option
 from pushforward.methods._score_sampling import sample
 from pushforward.methods._score_source import SourceSpace
 from pushforward.model._arguments import bound
@@ -69,8 +70,8 @@ class ScoreTrajectory(Method):
             ``condition = log(s) / 4`` and the conditions (p,), that returns the shape of x.
         window: number of consecutive states that the network sees, odd; results of windows are composed to
             trajectories of any length, without correlation over more than half of it. 0 for whole trajectories.
-        guidance: how data enter: "surrogate", "mmps", "gamma", "none", an instance, or `pf.SourceSpace()`, which
-            samples the noise of the sampler instead, exactly for the learned prior.
+        guidance: how data enter: "auto", "averaged", "surrogate", "mmps", "gamma", "none", an instance, or
+            `pf.SourceSpace()`, which samples the noise of the sampler instead, exactly for the learned prior.
         sampler: "heun", "multistep", "ddim", "ancestral", or an instance such as `pf.Heun(steps=32)`.
         correction: None, or `pf.TransitionHMC()`, moves of the draws on the model's own joint density.
         simulations: number of trajectories to learn from.
@@ -89,7 +90,7 @@ class ScoreTrajectory(Method):
     network: Any = "unet"
     window: int = 0
     guidance: Guidance | SourceSpace = eqx.field(
-        default_factory=SurrogateGuidance,
+        default_factory=AutomaticGuidance,
         converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace), "pf.SourceSpace()"),
     )
     sampler: Sampler = eqx.field(
@@ -209,17 +210,19 @@ class ScoreTrajectory(Method):
         given = _vector(values, trained.conditions)
         zeros = problem.constrain(jnp.zeros(problem.dimension))
         free = {n: zeros[n] for n in series.parameters}
-        size = series.rows * series.layout.size
         summary: dict[str, Any] = {"loss": np.nanmin(np.asarray(trained.losses)[1])}
         summary |= {f"given_{n}": np.asarray(values[n]) for n in trained.conditions}
         if isinstance(self.guidance, SourceSpace):
             found, numbers = self.guidance.draw(series, trained.model, self.sampler, free, given, second, draws, runner)
             summary |= numbers
         else:
-            reason = self.guidance.why_not(size, trained.model.covariance.size > 0)
+            chosen = self.guidance
+            if isinstance(chosen, AutomaticGuidance):
+                chosen = chosen.chosen(trained.model, series.rows)
+            reason = chosen.why_not(trained.model, series.rows)
             if reason:
                 raise MethodError(f"ScoreTrajectory does not fit this model: {reason}.")
-            found = runner.call(sample, series, trained.model, self.guidance, self.sampler, free, given, second, draws)
+            found = runner.call(sample, series, trained.model, chosen, self.sampler, free, given, second, draws)
         gradients = 0
         if self.correction is not None:
             found, numbers = self.correction.corrected(series, found, third, runner)
@@ -286,11 +289,6 @@ class ScoreTrajectory(Method):
                 f"it was trained on trajectories of {length} states, and this one has {series.rows}. Use window=, or "
                 "network='unet', which take any length"
             )
-        if not shape.windowed and series.rows != length and trained.model.covariance.ndim == 4 and _surrogate(self):
-            return (
-                f"the covariance of its trajectories is known for {length} states, and this one has {series.rows}. Use "
-                "guidance='mmps' or 'gamma', or train it with a window"
-            )
         free = [n for n in trained.conditions if n in series.parameters]
         if free:
             return (
@@ -313,10 +311,6 @@ class ScoreTrajectory(Method):
                     f"training with .fit(..., conditions=('{name}',)) if the dynamics depend on it"
                 )
         return None
-
-
-def _surrogate(method: ScoreTrajectory) -> bool:
-    return isinstance(method.guidance, SurrogateGuidance)
 
 
 def _callable(network: eqx.Module) -> bool:

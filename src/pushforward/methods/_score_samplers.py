@@ -1,174 +1,15 @@
-"""Parts of `ScoreTrajectory`: what takes data into account (guidance), and what makes draws (samplers)."""
+"""Samplers of `ScoreTrajectory`: what makes draws of a denoiser. See `math.diffusion_samplers`."""
 
 from abc import abstractmethod
 from typing import ClassVar
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 
 from pushforward._errors import MethodError
 from pushforward._types import Array, Key
-from pushforward.math import diffusion_samplers, guidance
+from pushforward.math import diffusion_samplers
 from pushforward.math.diffusion import Denoiser, power_grid
-from pushforward.math.guidance import Linearised, Observe
 from pushforward.methods._base import check_choice, check_integer, check_positive
-
-_DENSE = 2000
-"""Numbers of a trajectory up to which matrices of its covariance are worked with."""
-
-
-class Guidance(eqx.Module):
-    """Base of guidances; subclasses are final. See `math.guidance` for what they compute."""
-
-    dense: ClassVar[bool] = False
-    """Whether it works with matrices of the size of a trajectory."""
-
-    @abstractmethod
-    def guided(self, denoise: Denoiser, observe: Observe, covariance: Array) -> Denoiser:
-        """The denoiser of the posterior.
-
-        Args:
-            denoise: of the prior.
-            observe: what the data say.
-            covariance: of flat clean trajectories, empty where it is not known.
-        """
-
-    def curvature(self, level: Array, seen: Linearised, norms: Array) -> Array:
-        """A bound of s^2 times minus the Hessian of what is sampled; see `math.diffusion_samplers.stable_delta`.
-
-        Args:
-            level: s.
-            seen: what data say at the centre of the states.
-            norms: squares of the norms of the rows of A there.
-        """
-        return jnp.ones_like(level)
-
-    def why_not(self, size: int, known: bool) -> str | None:
-        """Why it cannot serve trajectories of `size` numbers, whose covariance is `known` or not."""
-        if self.dense and size > _DENSE:
-            return (
-                f"a trajectory has {size} numbers, and {type(self).__name__} works with matrices of that size (limit "
-                f"{_DENSE}). Use guidance='gamma' or guidance=pf.MomentMatching(iterations=10)"
-            )
-        return None
-
-
-class GammaGuidance(Guidance):
-    """The guidance of score-based data assimilation: one gradient through the network at each step.
-
-    ``log p(y | x_t) = -|y - A(D)|^2 / (2 (R + factor s^2))``. Too narrow by 15 - 25 % unless the sampler makes
-    corrections (`pf.DDIM(corrections=4)`), which take four times as long. For states too large for the others.
-
-    Args:
-        factor: gamma of the paper.
-
-    Source: Rozet and Louppe 2023, arXiv:2306.10574, eq. 13.
-
-    Example:
-        >>> import pushforward as pf
-        >>> pf.GammaGuidance(factor=0.01).factor
-        0.01
-    """
-
-    factor: float = 3e-2
-
-    def __check_init__(self):
-        check_positive("GammaGuidance", factor=self.factor)
-
-    def guided(self, denoise: Denoiser, observe: Observe, covariance: Array) -> Denoiser:
-        """See `Guidance.guided`."""
-        return guidance.gamma(denoise, observe, factor=self.factor)
-
-    def curvature(self, level: Array, seen: Linearised, norms: Array) -> Array:
-        """See `Guidance.curvature`."""
-        widths = seen.variances + self.factor * level**2 * seen.gains
-        return 1.0 + jnp.max(norms * level**2 / widths, initial=0.0)
-
-
-class MomentMatching(Guidance):
-    """Moment matching: the covariance of the clean states from the derivative of the network, made positive.
-
-    Exact for Gaussian priors with linear data. Costs as many derivatives of the network as a trajectory has numbers and
-    an eigendecomposition at each step; with `iterations` it solves by conjugate gradients instead, which is not safe
-    for windows.
-
-    Args:
-        iterations: of conjugate gradients; 0 for the matrix itself.
-
-    Source: Rozet et al. 2024, arXiv:2405.13712, with the projection.
-
-    Example:
-        >>> import pushforward as pf
-        >>> pf.MomentMatching(iterations=10).iterations
-        10
-    """
-
-    iterations: int = 0
-
-    def __check_init__(self):
-        check_integer("MomentMatching", 0, iterations=self.iterations)
-
-    @property
-    def dense(self) -> bool:  # type: ignore[reportIncompatibleVariableOverride]
-        """See `Guidance.dense`."""
-        return self.iterations == 0
-
-    def guided(self, denoise: Denoiser, observe: Observe, covariance: Array) -> Denoiser:
-        """See `Guidance.guided`."""
-        if self.iterations:
-            return guidance.mmps_iterative(denoise, observe, iterations=self.iterations)
-        return guidance.mmps(denoise, observe)
-
-
-class SurrogateGuidance(Guidance):
-    """The covariance of the clean states is that of a Gaussian with the covariance of the training trajectories.
-
-    Exact for Gaussian priors with linear data, needs no derivative of the network, and is as stable as Kalman's
-    filter. The covariance does not follow the state, which matters where the dynamics are strongly nonlinear.
-
-    Example:
-        >>> import pushforward as pf
-        >>> pf.SurrogateGuidance()
-        SurrogateGuidance()
-    """
-
-    dense: ClassVar[bool] = True
-
-    def guided(self, denoise: Denoiser, observe: Observe, covariance: Array) -> Denoiser:
-        """See `Guidance.guided`."""
-        return guidance.surrogate(denoise, observe, covariance)
-
-    def why_not(self, size: int, known: bool) -> str | None:
-        """See `Guidance.why_not`."""
-        if not known:
-            return (
-                "the states are too large for the covariance of their trajectories. Use guidance='gamma' or "
-                "guidance=pf.MomentMatching(iterations=10)"
-            )
-        return super().why_not(size, known)
-
-
-class NoGuidance(Guidance):
-    """No data: draws of the learned prior, to look at what was learned.
-
-    Example:
-        >>> import pushforward as pf
-        >>> pf.NoGuidance()
-        NoGuidance()
-    """
-
-    def guided(self, denoise: Denoiser, observe: Observe, covariance: Array) -> Denoiser:
-        """See `Guidance.guided`."""
-        return denoise
-
-
-GUIDANCES = {
-    "gamma": GammaGuidance,
-    "mmps": MomentMatching,
-    "surrogate": SurrogateGuidance,
-    "none": NoGuidance,
-}
 
 
 class Sampler(eqx.Module):
@@ -364,7 +205,7 @@ def _check_corrections(owner: str, corrections: int, tau: float) -> None:
         raise MethodError(f"{owner}(tau=...) takes a size below 2, above which the moves explode; got {tau!r}.")
 
 
-def option(owner: str, field: str, kinds: dict, base: type, example: str):
+def option(owner: str, field: str, kinds: dict, base: type | tuple[type, ...], example: str):
     """A converter from a name to an instance with its defaults."""
 
     def convert(value):
@@ -376,12 +217,3 @@ def option(owner: str, field: str, kinds: dict, base: type, example: str):
         return value
 
     return convert
-
-
-def curvatures(chosen: Guidance, observe: Observe, grid: Array, like: Array) -> Array:
-    """Bounds of the curvature at each level of ``grid[1:]``, from what data say at the centre of the states."""
-    seen = observe(like)
-    m = seen.innovation.shape[0]
-    rows = jax.vmap(seen.pull)(jnp.eye(m, dtype=like.dtype)).reshape(m, -1)
-    norms = jnp.sum(rows**2, 1)
-    return jax.vmap(lambda s: chosen.curvature(s, seen, norms))(grid[1:])
