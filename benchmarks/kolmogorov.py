@@ -7,8 +7,8 @@
 By hand only: 6 minutes of one core for the training and as many for the draws, most of them compilation. The figure is
 the paper's: deviation of the data from what is observed of the draws, over that of the noise, `residual_ratio`. It is 1
 for trajectories given the data, and less where they follow the noise. A second one asks whether draws are trajectories
-of the flow: root mean square of x_i - M(x_{i-1}) over the model noise, 1 for the flow itself. The first guidance needs
-the paper's 256 steps where data are precise: with 32 it explodes on "extrapolation".
+of the flow: root mean square of x_i - M(x_{i-1}) over the model noise, 1 for the flow itself. With 32 steps the first
+guidance explodes on "extrapolation", where data are precise; the paper takes 256.
 """
 
 import argparse

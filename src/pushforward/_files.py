@@ -205,6 +205,10 @@ def _module(name: str) -> Any:
         return None
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
 def _decode(value: Any, arrays: list[np.ndarray]) -> Any:
     if not isinstance(value, dict):
         return value
@@ -225,6 +229,6 @@ def _decode(value: Any, arrays: list[np.ndarray]) -> Any:
     for field, content in value["fields"].items():
         found, default = _decode(content, arrays), defaults.get(field)
         # Equinox leaves out of a repr what *is* the default.
-        same = type(found) is type(default) and isinstance(found, int | float | str) and found == default
+        same = type(found) is type(default) and _is_plain(found) and found == default
         object.__setattr__(made, field, default if same else found)
     return made

@@ -19,6 +19,7 @@ BLOCKS = 50
 _CLIP = 1.0
 _WARMUP = 0.02
 _HELD = 1024
+"""Windows that judge, at most; and at most a quarter of those that were trained on since."""
 
 
 class ScoreTraining(eqx.Module):
@@ -215,7 +216,9 @@ def _block(
 
     (weights, moments, mean), values = jax.lax.scan(step, (s.weights, s.moments, s.mean), jnp.arange(every))
     # One key for all judgements: what is compared are weights.
-    judged = _mean_loss(shape, options, mean, held, _HELD, jax.random.key(0))
+    batches = max(1, min(_HELD // options.batch_size, every // 4))
+    keys = jax.random.split(jax.random.key(0), batches)
+    judged = jnp.mean(jax.lax.map(lambda k: _mean_loss(shape, options, mean, held, options.batch_size, k), keys))
     better = judged < s.lowest
     return ScoreFit(
         weights,
