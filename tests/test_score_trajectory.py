@@ -207,7 +207,7 @@ def test_data_that_are_not_gaussian(exact):
     """Poisson and Student-t data of the chain against NUTS, 1500 draws each.
 
     Guidance linearises about the denoised state and takes mean and variance: means are off by .17 to .51 sd (rms, four
-    data sets), where the prior is off by 1.5. Moves on the exact density end that: 1500 draws of each leave .04.
+    data sets), where the prior is off by 3 to 4. Moves on the exact density end that: .03, the error of 1500 draws.
     """
 
     def model(counts, heavy):
