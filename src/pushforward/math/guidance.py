@@ -350,7 +350,7 @@ class Errors(NamedTuple):
         squares = jnp.geomspace(self.lowest, self.highest, last + 1, dtype=dtype) ** 2
         shares = squares / (1.0 + squares)
         first, second = self.covariances[index] / shares[index], self.covariances[index + 1] / shares[index + 1]
-        share = (level**2 / (1.0 + level**2)).astype(dtype)
+        share = jnp.asarray(level**2 / (1.0 + level**2), dtype)
         return share * ((1.0 - part) * first + part * second)
 
 
