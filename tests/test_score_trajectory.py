@@ -439,7 +439,7 @@ def test_windows_longer_than_trajectories_are_refused():
 def test_models_that_have_no_trajectory_are_refused():
     with pytest.raises(ModelError, match="no numpyro scan"):
         QUICK.fit(unscanned, observed="y")
-    with pytest.raises(ModelError, match="no numpyro scan"):
+    with pytest.raises(MethodError, match=r"ScoreTrajectory does not fit this model: the model has no numpyro scan"):
         pf.infer(unscanned, method=QUICK, y=1.0)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pushforward._errors import MethodError, Outcome
+from pushforward._errors import MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key, Model
 from pushforward.learned.score_model import ScoreModel
@@ -188,7 +188,10 @@ class ScoreTrajectory(Method):
 
     def why_not(self, problem: InverseProblem) -> str | None:
         """See `Method.why_not`."""
-        series = read_series(problem)
+        try:
+            series = read_series(problem)
+        except ModelError as error:
+            return str(error).rstrip(".")
         reason = self._why_not_trained(series) if self.trained is not None else None
         reason = reason or self._why_not_parameters(series)
         if reason:
