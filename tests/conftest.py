@@ -1,11 +1,19 @@
 """Fixtures that several files share."""
 
+import gc
+from pathlib import Path
+
 import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
+
+from pushforward import _runner
+
+MAPS = 25_000
+"""Regions of memory above which compiled programs are dropped: each has some, and Linux allows a process 65,530."""
 
 
 @pytest.fixture
@@ -55,3 +63,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(listed):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_teardown():
+    """Drops compiled programs when there are so many that the next compilation may crash the process."""
+    regions = Path("/proc/self/maps")
+    if regions.exists() and regions.read_bytes().count(b"\n") > MAPS:
+        _runner._compiled.clear()
+        jax.clear_caches()
+        gc.collect()
