@@ -25,7 +25,9 @@ CHEAP = {
     "aldi": pf.ALDI(200),
     "uki": pf.UKI(),
     "kalman": pf.Kalman(),
+    "four_dvar": pf.FourDVar(),
     "enkf": pf.EnKF(1000, pf.Perturbed()),
+    "three_dvar": pf.ThreeDVar(free_run=10),
 }
 
 # Methods that the contract's problem, a state that never moves, is not for, or that would train a network for each of

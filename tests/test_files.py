@@ -159,6 +159,8 @@ CHANGED = {
     "particle_gibbs": pf.ParticleGibbs(chains=2),
     "smc2": pf.SMC2(particles=40),
     "discrete_hmm": pf.DiscreteHMM(store="last"),
+    "three_dvar": pf.ThreeDVar(gain=pf.NetworkGain(width=2, sees="both"), training=pf.GainTraining("online")),
+    "four_dvar": pf.FourDVar("strong", pf.Window(4, shift=1, covariance=np.eye(2)), sampler="laplace"),
     "score_trajectory": pf.ScoreTrajectory(
         pf.WindowMLP(width=16, depth=1),
         window=5,

@@ -58,7 +58,8 @@ print(json.dumps({"gap": gap, "devices": [len(jax.devices()), found["devices"]],
 
 def test_every_method_is_compared():
     # Methods of state space need a scan; theirs are in the files of their methods.
-    of_states = {"kalman", "enkf", "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2"}
+    of_states = {"kalman", "enkf", "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2", "three_dvar"}
+    of_states.add("four_dvar")
     assert set(SHORT) == set(NAMES) - of_states - {"score_trajectory"}
 
 

@@ -6,11 +6,13 @@ from pushforward.calibration import calibrate
 from pushforward.compare import compare, plot_compare
 from pushforward.describe import describe
 from pushforward.forecasting import forecast
+from pushforward.learn import learn
 from pushforward.learned.embeddings import Image, Series, Sets, Vector
 from pushforward.learned.estimators import EnergyMap, FlowMatching, PointEstimate
 from pushforward.learned.fitting import Training
 from pushforward.learned.flow_prior import FlowPrior
 from pushforward.learned.flows import Flow
+from pushforward.learned.learning import EM, MAP, Increments, Likelihood
 from pushforward.learned.score_networks import WindowMLP
 from pushforward.learned.score_training import ScoreTraining
 from pushforward.learned.score_transformer import TrajectoryTransformer
@@ -29,6 +31,7 @@ from pushforward.methods import (
     DiscreteHMM,
     EnKF,
     FlowVI,
+    FourDVar,
     GaussianVI,
     Kalman,
     Laplace,
@@ -39,6 +42,7 @@ from pushforward.methods import (
     PreconditionedCrankNicolson,
     ScoreTrajectory,
     TemperedSMC,
+    ThreeDVar,
 )
 from pushforward.methods._covariance import Diagonal, Full, LowRank
 from pushforward.methods._ensemble_parts import (
@@ -78,6 +82,8 @@ from pushforward.methods._particle_parts import (
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.methods._score_correction import TransitionHMC
+from pushforward.methods._gain_fit import GainTraining
+from pushforward.methods._gains import BandedGain, CirculantGain, FullGain, LowRankGain, NetworkGain
 from pushforward.methods._score_guidance import (
     AutomaticGuidance,
     AveragedGuidance,
@@ -88,6 +94,8 @@ from pushforward.methods._score_guidance import (
 )
 from pushforward.methods._score_samplers import DDIM, Ancestral, Heun, Multistep
 from pushforward.methods._score_source import SourceSpace
+from pushforward.methods._score_twisted import Twisted
+from pushforward.methods.four_dvar import Window
 from pushforward.model.simulator import simulator
 from pushforward.online import online
 from pushforward.plot_calibration import plot_calibration
@@ -101,8 +109,10 @@ __all__ = [
     "DDIM",
     "EKI",
     "EKS",
+    "EM",
     "ETKF",
     "LETKF",
+    "MAP",
     "NUTS",
     "PMMH",
     "RTPP",
@@ -119,9 +129,11 @@ __all__ = [
     "AveragedGuidance",
     "BackwardMoves",
     "BackwardSimulation",
+    "BandedGain",
     "Bootstrap",
     "ByCorrelation",
     "ByDistance",
+    "CirculantGain",
     "Cubature",
     "DEnKF",
     "Diagonal",
@@ -137,24 +149,31 @@ __all__ = [
     "FlowMatching",
     "FlowPrior",
     "FlowVI",
+    "FourDVar",
     "Full",
+    "FullGain",
+    "GainTraining",
     "GammaGuidance",
     "GaussianVI",
     "Guide",
     "Heun",
     "Image",
+    "Increments",
     "Iterated",
     "IterativeEnKS",
     "Jitter",
     "Kalman",
     "Laplace",
+    "Likelihood",
     "Linearized",
     "LiuWest",
     "LowRank",
     "MomentMatching",
+    "LowRankGain",
     "Multinomial",
     "Multiplicative",
     "Multistep",
+    "NetworkGain",
     "NeuralLikelihood",
     "Newton",
     "NoGuidance",
@@ -182,12 +201,15 @@ __all__ = [
     "Systematic",
     "TemperedSMC",
     "TemporalUNet",
+    "ThreeDVar",
     "Training",
     "TrajectoryTransformer",
     "TransitionHMC",
     "Transport",
+    "Twisted",
     "Unscented",
     "Vector",
+    "Window",
     "WindowMLP",
     "add_log_likelihood",
     "attributes",
@@ -196,6 +218,7 @@ __all__ = [
     "describe",
     "forecast",
     "infer",
+    "learn",
     "load",
     "local_check",
     "online",

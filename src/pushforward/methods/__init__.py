@@ -7,6 +7,7 @@ from pushforward.methods.eki import EKI
 from pushforward.methods.eks import EKS
 from pushforward.methods.enkf import EnKF
 from pushforward.methods.flow_vi import FlowVI
+from pushforward.methods.four_dvar import FourDVar
 from pushforward.methods.gaussian_vi import GaussianVI
 from pushforward.methods.kalman import Kalman
 from pushforward.methods.laplace import Laplace
@@ -20,6 +21,7 @@ from pushforward.methods.pmmh import PMMH
 from pushforward.methods.score_trajectory import ScoreTrajectory
 from pushforward.methods.smc2 import SMC2
 from pushforward.methods.tempered_smc import TemperedSMC
+from pushforward.methods.three_dvar import ThreeDVar
 from pushforward.methods.uki import UKI
 
 NAMES = {
@@ -44,5 +46,7 @@ NAMES = {
     "particle_gibbs": ParticleGibbs,
     "smc2": SMC2,
     "score_trajectory": ScoreTrajectory,
+    "four_dvar": FourDVar,
+    "three_dvar": ThreeDVar,
 }
 """Names that stand for a method with its defaults."""

@@ -44,6 +44,10 @@ class SourceSpace(eqx.Module):
                 f"SourceSpace(method=...) takes pf.NUTS() or pf.PreconditionedCrankNicolson(); got {self.method!r}."
             )
 
+    def why_not(self, model: ScoreModel, rows: int) -> str | None:
+        """See `Guidance.why_not`."""
+        return None
+
     def draw(
         self,
         series: Series,

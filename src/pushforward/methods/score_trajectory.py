@@ -22,6 +22,7 @@ from pushforward.methods._score_guidance import GUIDANCES, AutomaticGuidance, Gu
 from pushforward.methods._score_samplers import SAMPLERS, Heun, Sampler, option
 from pushforward.methods._score_sampling import sample
 from pushforward.methods._score_source import SourceSpace
+from pushforward.methods._score_twisted import Twisted
 from pushforward.model._arguments import bound
 from pushforward.model._fingerprint import stable_text
 from pushforward.model._trace import conditioned
@@ -71,7 +72,8 @@ class ScoreTrajectory(Method):
         window: number of consecutive states that the network sees, odd; results of windows are composed to
             trajectories of any length, without correlation over more than half of it. 0 for whole trajectories.
         guidance: how data enter: "auto", "averaged", "surrogate", "mmps", "gamma", "none", an instance, or
-            `pf.SourceSpace()`, which samples the noise of the sampler instead, exactly for the learned prior.
+            `pf.SourceSpace()`, which samples the noise of the sampler instead, exactly for the learned prior, or
+            `pf.Twisted()`, draws with weights, which are exact for it as they grow many.
         sampler: "heun", "multistep", "ddim", "ancestral", or an instance such as `pf.Heun(steps=32)`.
         correction: None, or `pf.TransitionHMC()`, moves of the draws on the model's own joint density.
         simulations: number of trajectories to learn from.
@@ -89,9 +91,9 @@ class ScoreTrajectory(Method):
 
     network: Any = "unet"
     window: int = 0
-    guidance: Guidance | SourceSpace = eqx.field(
+    guidance: Guidance | SourceSpace | Twisted = eqx.field(
         default_factory=AutomaticGuidance,
-        converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace), "pf.SourceSpace()"),
+        converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace, Twisted), "pf.Twisted()"),
     )
     sampler: Sampler = eqx.field(
         default_factory=Heun,
@@ -215,16 +217,15 @@ class ScoreTrajectory(Method):
         free = {n: zeros[n] for n in series.parameters}
         summary: dict[str, Any] = {"loss": np.nanmin(np.asarray(trained.losses)[1])}
         summary |= {f"given_{n}": np.asarray(values[n]) for n in trained.conditions}
-        if isinstance(self.guidance, SourceSpace):
+        if isinstance(self.guidance, SourceSpace | Twisted):
+            _check_reach(self.guidance, trained.model, series.rows)
             found, numbers = self.guidance.draw(series, trained.model, self.sampler, free, given, second, draws, runner)
             summary |= numbers
         else:
             chosen = self.guidance
             if isinstance(chosen, AutomaticGuidance):
                 chosen = chosen.chosen(trained.model, series.rows)
-            reason = chosen.why_not(trained.model, series.rows)
-            if reason:
-                raise MethodError(f"ScoreTrajectory does not fit this model: {reason}.")
+            _check_reach(chosen, trained.model, series.rows)
             found = runner.call(sample, series, trained.model, chosen, self.sampler, free, given, second, draws)
         gradients = 0
         if self.correction is not None:
@@ -314,6 +315,12 @@ class ScoreTrajectory(Method):
                     f"training with .fit(..., conditions=('{name}',)) if the dynamics depend on it"
                 )
         return None
+
+
+def _check_reach(chosen: Guidance | SourceSpace | Twisted, model: ScoreModel, rows: int) -> None:
+    reason = chosen.why_not(model, rows)
+    if reason:
+        raise MethodError(f"ScoreTrajectory does not fit this model: {reason}.")
 
 
 def _callable(network: eqx.Module) -> bool:

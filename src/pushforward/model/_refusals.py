@@ -18,8 +18,8 @@ def refuse(msg: dict) -> None:
     name = msg.get("name")
     if kind == "param" and value is None:
         raise ModelError(
-            f"site '{name}' is a numpyro.param, which has no prior. Give it one with "
-            f"numpyro.sample('{name}', ...), or fix it with "
+            f"site '{name}' is a numpyro.param, which has no prior. Estimate it with pf.learn(model, ...), give it a "
+            f"prior with numpyro.sample('{name}', ...), or fix it with "
             f"numpyro.handlers.substitute(model, {{'{name}': value}})."
         )
     if kind == "plate" and value is None:
