@@ -44,6 +44,10 @@ test-full: $(STAMP) notebooks-full
 	$(BIN)/python -m benchmarks.full
 	$(BIN)/python -m benchmarks.state_parameters
 	$(BIN)/python -m benchmarks.darcy
+	$(BIN)/python -m benchmarks.trajectories
+	$(BIN)/python -m benchmarks.variational
+	$(BIN)/python -m benchmarks.learned_gain
+	$(BIN)/python -m benchmarks.learned_dynamics
 
 check: $(STAMP)
 	$(BIN)/ruff check .

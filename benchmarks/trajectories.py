@@ -3,6 +3,7 @@
     python -m benchmarks.trajectories               # trains, draws, writes docs/benchmarks.md; an hour of two cores
     python -m benchmarks.trajectories --steps 500 --sets 1 --draws 64     # a look, in minutes; prints only
     python -m benchmarks.trajectories --file l63.pf # reads the trained method from that file, or writes it there
+    python -m benchmarks.trajectories --scenarios lo,hi                   # some of them; prints only
 
 One network is trained on 15,360 stationary trajectories of 65 states. For each data set of each scenario it draws
 trajectories by guidance alone, with moves on the exact joint density, and with the same moves from draws of the prior,
@@ -30,6 +31,7 @@ TRAINING = pf.ScoreTraining(steps=16_000, batch_size=32, held_out=0.02)
 SAMPLER = pf.Heun(steps=64, corrections=1)
 MOVES = pf.TransitionHMC(moves=100, leapfrog=20)
 PARTICLES = 16384
+DRAWS = 256
 
 
 def train(steps: int) -> tuple[pf.ScoreTrajectory, float]:
@@ -108,7 +110,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
     parser.add_argument("--sets", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=1024)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--scenarios", default=",".join(lorenz.SCENARIOS))
     parser.add_argument("--file", type=Path, default=None)
     options = parser.parse_args()
     if options.file is not None and options.file.exists():
@@ -123,7 +126,7 @@ def main() -> None:
     said += f"{options.sets} data sets, {options.draws} draws."
     print(said, flush=True)
     rows = []
-    for name in lorenz.SCENARIOS:
+    for name in options.scenarios.split(","):
         sets = []
         for number in range(options.sets):
             sets.append(one(fitted, name, number, options.draws))
@@ -131,7 +134,7 @@ def main() -> None:
         rows += summary(name, sets)
     text = said + "\n\n" + _report.table(rows)
     print(text)
-    if (options.steps, options.sets, options.draws) == (TRAINING.steps, 8, 1024):
+    if all(getattr(options, name) == parser.get_default(name) for name in ("steps", "sets", "draws", "scenarios")):
         _report.write("trajectories", text)
 
 

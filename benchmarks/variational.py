@@ -150,8 +150,8 @@ def main() -> None:
     text = table()
     text += (
         f"\n\nStrong-constraint 4DVar, {SEEDS} seeds of {CYCLES} cycles; ± is one standard error over seeds. CPU "
-        "seconds of all seeds together, with compilation. The published scores belong to B = scale x identity: with the same "
-        "scales of the climatology, whose variances are about 13, a plain scan and ours agree and are far worse."
+        "seconds of all seeds together, with compilation. The published scores belong to B = scale x identity: with "
+        "the same scales of the climatology, whose variances are about 13, a plain scan and ours agree, far worse."
     )
     _report.write("variational", text)
 

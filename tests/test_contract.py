@@ -28,6 +28,7 @@ CHEAP = {
     "four_dvar": pf.FourDVar(),
     "enkf": pf.EnKF(1000, pf.Perturbed()),
     "three_dvar": pf.ThreeDVar(free_run=10),
+    "transport_filter": pf.TransportFilter(200),
 }
 
 # Methods that the contract's problem, a state that never moves, is not for, or that would train a network for each of

@@ -22,7 +22,7 @@ WITH_CODE = [page for page in PAGES if FENCE.search(page.read_text())]
 SLOW = {
     "state_space.md", "particles.md", "coming_from_numpyro.md", "results.md", "parallel_and_checkpoints.md",
     "transport.md", "learned_priors.md", "calibration.md", "ensemble_inversion.md", "darcy.md",
-    "surrogates.md", "score_trajectories.md",
+    "surrogates.md", "score_trajectories.md", "variational.md", "learning.md",
 }  # fmt: skip
 MODULES = [m.name for m in pkgutil.walk_packages(pf.__path__, "pushforward.")]
 

@@ -160,6 +160,7 @@ CHANGED = {
     "smc2": pf.SMC2(particles=40),
     "discrete_hmm": pf.DiscreteHMM(store="last"),
     "three_dvar": pf.ThreeDVar(gain=pf.NetworkGain(width=2, sees="both"), training=pf.GainTraining("online")),
+    "transport_filter": pf.TransportFilter(50, pf.TriangularMap(4, 6)),
     "four_dvar": pf.FourDVar("strong", pf.Window(4, shift=1, covariance=np.eye(2)), sampler="laplace"),
     "score_trajectory": pf.ScoreTrajectory(
         pf.WindowMLP(width=16, depth=1),

@@ -4,6 +4,7 @@
 """
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,6 +27,7 @@ from pushforward.problems import linear_state_space as linear
 from pushforward.problems import lorenz96
 
 KEY = jax.random.key(0)
+ANY: Any = 2.5
 TURN = np.array([[0.8, 0.5], [-0.4, 0.9]])
 START = np.array([[1.5, 0.4], [0.4, 0.7]])
 LOOK = np.array([[1.0, 0.3]])
@@ -188,13 +190,19 @@ def test_the_adjoint_through_the_reader(length, float64):
         tangent = variational.linearize(stretch.run, z)
         difference = (stretch.run(z + h * v)[0] - stretch.run(z - h * v)[0]) / (2 * h)
         u = jnp.sin(jnp.arange(tangent.w.size))
-        slope = (stretch.run(z + h * v)[1] - stretch.run(z - h * v)[1]) / (2 * h)
-        return tangent.push(v), difference, u @ tangent.push(v), tangent.pull(u) @ v, slope, tangent.slope @ v
+        return (
+            tangent.push(v),
+            difference,
+            u @ tangent.push(v),
+            tangent.pull(u) @ v,
+            tangent.slope,
+            tangent.pull(tangent.w),
+        )
 
-    push, difference, left, right, slope, gradient = both(z, v)
+    push, difference, left, right, slope, misfit = both(z, v)
     np.testing.assert_allclose(push, difference, atol=1e-5 * float(jnp.abs(push).max()))
     assert float(left) == pytest.approx(float(right), rel=1e-10)
-    assert float(slope) == pytest.approx(float(gradient), rel=1e-6)
+    np.testing.assert_allclose(slope, misfit, atol=1e-9 * float(jnp.abs(slope).max()))
     assert truth.shape == y.shape
 
 
@@ -221,7 +229,7 @@ def test_draws_are_the_smoother(sampler, float64):
 
 def test_infer_gives_trajectories_and_attributes():
     tree = pf.infer(silent, DATA, method="four_dvar", draws=3, progress=False)
-    assert tree["posterior"]["x"].shape == (1, 30, 6, 2)
+    assert tree["posterior"]["x"].shape == (1, 3, 6, 2)
     assert tree["posterior"]["x"].dims[2] == "time"
     found = pf.attributes(tree)
     assert found["returns"] == "posterior"
@@ -231,6 +239,7 @@ def test_infer_gives_trajectories_and_attributes():
     assert found["gradient_evaluations"] > found["evaluations"] > 0
 
 
+@pytest.mark.slow
 def test_windows_give_filtering_too():
     method = pf.FourDVar(window=4, sampler="laplace")
     tree = pf.infer(silent, DATA, method=method, draws=30, progress=False)
@@ -303,9 +312,10 @@ def test_what_did_not_converge_is_said():
         scan(step, numpyro.sample("x0", dist.Uniform(0.0, 0.8)), y)
 
     y = np.array([0.9, 0.3, 0.8, 0.6])
-    with pytest.warns(UserWarning, match="Gauss-Newton did not converge.*Give more iterations"):
+    with pytest.warns(UserWarning, match="Gauss-Newton did not converge|used up its steps"):
         tree = pf.infer(model, y, method=pf.FourDVar(sampler="mode", iterations=1), draws=1, progress=False)
     assert pf.attributes(tree)["converged"] == 0
+    assert pf.attributes(tree)["outcome"] == "maximum_steps"
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -344,7 +354,7 @@ def test_windows_that_do_not_fit_are_refused(method, step_sd, said):
     [
         (lambda: pf.FourDVar("soft"), "FourDVar.constraint=.*takes one of"),
         (lambda: pf.FourDVar(sampler="nuts"), "FourDVar.sampler=.*takes one of"),
-        (lambda: pf.FourDVar(window=2.5)  # pyright: ignore, "takes a number of steps, pf.Window"),
+        (lambda: pf.FourDVar(window=ANY), "takes a number of steps, pf.Window"),
         (lambda: pf.Window(2, shift=3), "would skip data"),
         (lambda: pf.Window(0), "integer of at least 1"),
         (lambda: pf.Window(2, scale=-1.0), "positive number"),

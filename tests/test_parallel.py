@@ -60,6 +60,7 @@ def test_every_method_is_compared():
     # Methods of state space need a scan; theirs are in the files of their methods.
     of_states = {"kalman", "enkf", "particle_filter", "discrete_hmm", "pmmh", "particle_gibbs", "smc2", "three_dvar"}
     of_states.add("four_dvar")
+    of_states.add("transport_filter")
     assert set(SHORT) == set(NAMES) - of_states - {"score_trajectory"}
 
 

@@ -43,6 +43,7 @@ from pushforward.methods import (
     ScoreTrajectory,
     TemperedSMC,
     ThreeDVar,
+    TransportFilter,
 )
 from pushforward.methods._covariance import Diagonal, Full, LowRank
 from pushforward.methods._ensemble_parts import (
@@ -61,9 +62,12 @@ from pushforward.methods._ensemble_parts import (
     Perturbed,
     SerialEnSRF,
 )
+from pushforward.methods._gain_fit import GainTraining
+from pushforward.methods._gains import BandedGain, CirculantGain, FullGain, LowRankGain, NetworkGain
 from pushforward.methods._guide import Guide
 from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
 from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
+from pushforward.methods._learned_filter import FilterTraining
 from pushforward.methods._localisation import ByCorrelation, ByDistance
 from pushforward.methods._particle_parts import (
     AncestorTracing,
@@ -82,8 +86,6 @@ from pushforward.methods._particle_parts import (
 from pushforward.methods._proposals import Bootstrap
 from pushforward.methods._rao_blackwell import RaoBlackwell
 from pushforward.methods._score_correction import TransitionHMC
-from pushforward.methods._gain_fit import GainTraining
-from pushforward.methods._gains import BandedGain, CirculantGain, FullGain, LowRankGain, NetworkGain
 from pushforward.methods._score_guidance import (
     AutomaticGuidance,
     AveragedGuidance,
@@ -95,6 +97,7 @@ from pushforward.methods._score_guidance import (
 from pushforward.methods._score_samplers import DDIM, Ancestral, Heun, Multistep
 from pushforward.methods._score_source import SourceSpace
 from pushforward.methods._score_twisted import Twisted
+from pushforward.methods._transport_parts import AffineMap, EnergyTransport, TriangularMap
 from pushforward.methods.four_dvar import Window
 from pushforward.model.simulator import simulator
 from pushforward.online import online
@@ -121,6 +124,7 @@ __all__ = [
     "UKI",
     "Adaptive",
     "Additive",
+    "AffineMap",
     "AmortizedFlow",
     "AncestorTracing",
     "Ancestral",
@@ -141,9 +145,11 @@ __all__ = [
     "EnKF",
     "EnKS",
     "EnergyMap",
+    "EnergyTransport",
     "Exact",
     "Extended",
     "FieldUNet",
+    "FilterTraining",
     "FiniteSize",
     "Flow",
     "FlowMatching",
@@ -168,8 +174,8 @@ __all__ = [
     "Linearized",
     "LiuWest",
     "LowRank",
-    "MomentMatching",
     "LowRankGain",
+    "MomentMatching",
     "Multinomial",
     "Multiplicative",
     "Multistep",
@@ -206,6 +212,8 @@ __all__ = [
     "TrajectoryTransformer",
     "TransitionHMC",
     "Transport",
+    "TransportFilter",
+    "TriangularMap",
     "Twisted",
     "Unscented",
     "Vector",

@@ -190,10 +190,12 @@ def _moments(part: dict[str, Array]) -> Moments:
 
 
 def _outcome(found: StateDraws) -> Outcome:
-    """Whether the run gave finite values."""
+    """Whether the run gave finite values, and converged where it iterates."""
     leaves = [found.log_evidence, *jax.tree.leaves((found.posterior, found.log_prior, found.log_likelihood))]
     good = all(np.isfinite(np.asarray(v)).all() for v in leaves if np.asarray(v).dtype.kind == "f")
-    return Outcome.SUCCESS if good else Outcome.NONFINITE
+    if not good:
+        return Outcome.NONFINITE
+    return Outcome.SUCCESS if bool(found.summary.get("converged", True)) else Outcome.MAXIMUM_STEPS
 
 
 def groups_given(

@@ -22,6 +22,7 @@ from pushforward.methods.score_trajectory import ScoreTrajectory
 from pushforward.methods.smc2 import SMC2
 from pushforward.methods.tempered_smc import TemperedSMC
 from pushforward.methods.three_dvar import ThreeDVar
+from pushforward.methods.transport_filter import TransportFilter
 from pushforward.methods.uki import UKI
 
 NAMES = {
@@ -48,5 +49,6 @@ NAMES = {
     "score_trajectory": ScoreTrajectory,
     "four_dvar": FourDVar,
     "three_dvar": ThreeDVar,
+    "transport_filter": TransportFilter,
 }
 """Names that stand for a method with its defaults."""

@@ -246,16 +246,15 @@ def _unrolled(rows: Rows) -> Rows:
     def flat(v: Array) -> Array:
         return jnp.moveaxis(v, 0, 1).reshape(v.shape[1], v.shape[0] * v.shape[2], *v.shape[3:])
 
-    return Rows(
-        flat(rows.states), flat(rows.noise), [r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]) for r in rows.riders]
-    )
+    riders = [r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]) for r in rows.riders]
+    return Rows(flat(rows.states), flat(rows.noise), riders)
 
 
 def _joined(parts: list[Rows], steps: int) -> Rows:
     """One after the other, without what lies beyond the data."""
     riders = [jnp.concatenate(r)[:steps] for r in zip(*(p.riders for p in parts), strict=True)]
-    states, noise = (jnp.concatenate([p[i] for p in parts], 1)[:, :steps] for i in (0, 1))
-    return Rows(states, noise, riders)
+    states = jnp.concatenate([p.states for p in parts], 1)[:, :steps]
+    return Rows(states, jnp.concatenate([p.noise for p in parts], 1)[:, :steps], riders)
 
 
 def _flat(v: Array) -> Array:

@@ -214,8 +214,9 @@ def _of_state(units: Units, gain: Array) -> Array:
 
 
 def _stencil(units: Units, guess: Array, width: int) -> Array:
-    """What the rows around each coordinate are on average, as a stencil."""
-    return jnp.mean(learned_gain.bands_of(_of_state(units, guess), width), 0)
+    """What the rows around each coordinate are on average, as a stencil; columns without data do not count."""
+    seen = jnp.mean(jnp.diagonal(units.spreading @ jnp.linalg.pinv(units.spreading)))
+    return jnp.mean(learned_gain.bands_of(_of_state(units, guess), width), 0) / seen
 
 
 def _ring(owner: str, units: Units, width: int) -> int:

@@ -1,5 +1,6 @@
 """`EnKF`: ensemble Kalman filters and smoothers."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pushforward._errors import MethodError
-from pushforward._types import Array, Key
+from pushforward._types import Array, Key, Model
 from pushforward.math.innovations import Innovations, ensemble_chi_square
 from pushforward.methods import _ensemble_filter
 from pushforward.methods._base import Draws, check_boolean, check_choice, check_integer
@@ -26,6 +27,7 @@ from pushforward.methods._ensemble_parts import (
 )
 from pushforward.methods._filter_stats import data_shapes, innovation_stats, split_data, with_noise
 from pushforward.methods._kalman_filter import each
+from pushforward.methods._learned_filter import FilterTraining, fit_model
 from pushforward.methods._loops import checkpointed_scan
 from pushforward.methods._online import ensemble_advance, ensemble_begin
 from pushforward.methods._state import STORES, Increment, StateDraws, StateMethod
@@ -151,6 +153,45 @@ class EnKF(StateMethod):
             return "LETKF needs independent noise of the data, and theirs has a covariance matrix"
         self.analysis.taper(state.shape[0], found.shape[0])  # type: ignore[reportAttributeAccessIssue]
         return None
+
+    def fit(
+        self,
+        model: Model,
+        *args: Any,
+        learn: tuple[str, ...] = ("inflation", "radius"),
+        training: FilterTraining | None = None,
+        observed: tuple[str, ...] | None = None,
+        key: int | Key = 0,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> "EnKF":
+        """Learn inflation and localisation radius from the data in the model's arguments, without knowing the truth.
+
+        A simplex search over the filter's own log likelihood, the sum of log N(data; forecast mean, forecast sample
+        covariance + noise): some 20 runs of the filter, and no derivatives.
+
+        Args:
+            model: a NumPyro model with one scan.
+            *args: its positional arguments.
+            learn: what is learned, "inflation" (of Multiplicative, Additive, RTPS, RTPP), "radius" (of LETKF) or both.
+            training: `pf.FilterTraining(...)`.
+            observed: names of data sites that are deterministic.
+            key: an integer or a typed JAX key.
+            checkpoint: file to which the training writes its runs, and from which it resumes.
+            progress: whether to show a progress bar.
+            **kwargs: the model's named arguments, the data among them.
+
+        Returns:
+            The same method with the learned numbers as its options.
+
+        Raises:
+            MethodError: nothing of that kind to learn, a model that the method does not fit, or a filter that diverges
+                before training. One that diverges later is reported by a warning, with the best other values kept.
+            DataError: no data.
+        """
+        given = FilterTraining() if training is None else training
+        return fit_model(self, learn, given, (model, args, kwargs), observed, key, checkpoint, progress)
 
     def members_of(self, draws: int) -> int:
         """See `StateMethod.members_of`."""

@@ -70,7 +70,7 @@ class Window(eqx.Module):
             check_choice("Window", _COVARIANCES, covariance=self.covariance)
         if self.shift > self.length:
             raise MethodError(
-                f"Window(length={self.length}, shift={self.shift}) would skip data: write a shift of at most the length."
+                f"Window(length={self.length}, shift={self.shift}) would skip data: write shift <= length."
             )
 
 
@@ -169,8 +169,8 @@ class FourDVar(StateMethod):
         check_boolean("FourDVar", augment=self.augment)
         if self.window is not None and not isinstance(self.window, Window):
             raise MethodError(
-                "FourDVar(window=...) takes a number of steps, pf.Window(length, shift=..., scale=...), or None for all "
-                f"data at once; got {self.window!r}."
+                "FourDVar(window=...) takes a number of steps, pf.Window(length, shift=..., scale=...), or None for "
+                f"all data at once; got {self.window!r}."
             )
 
     @property
@@ -188,8 +188,8 @@ class FourDVar(StateMethod):
         counts = [n for n, (kind, _) in problem.structure.families.items() if kind == "matched"]
         if counts and self.sampler == "randomised":
             return (
-                f"observed site '{counts[0]}' is {problem.structure.families[counts[0]][1]}, not Normal, and randomised "
-                "draws perturb Gaussian data; use pf.FourDVar(sampler='laplace')"
+                f"observed site '{counts[0]}' is {problem.structure.families[counts[0]][1]}, not Normal, and "
+                "randomised draws perturb Gaussian data; use pf.FourDVar(sampler='laplace')"
             )
         return None if self.window is None else self._why_not_windows(problem, self.window)
 
@@ -256,8 +256,8 @@ class FourDVar(StateMethod):
             what = "Gauss-Newton" if self.window is None else f"Gauss-Newton in {late:.0f} windows"
             notes.append(
                 f"{what} did not converge: the last step was up to {float(found['newton_decrement']):.2g} standard "
-                "deviations long. Give more iterations or solver_steps; if that does not help J has narrow valleys: use "
-                "shorter windows."
+                "deviations long. Give more iterations or solver_steps; if that does not help, J has narrow valleys: "
+                "use shorter windows."
             )
         if of_draws:
             notes.append(
