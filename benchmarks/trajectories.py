@@ -6,8 +6,8 @@
     python -m benchmarks.trajectories --scenarios lo,hi                   # some of them; prints only
 
 One network is trained on 15,360 stationary trajectories of 65 states. For each data set of each scenario it draws
-trajectories by guidance alone, with moves on the exact joint density, and with the same moves from draws of the prior,
-which look at no data. Reported are medians over data sets: mean and median of log p(x), mean of log p(y given x), W1 to
+trajectories by guidance alone, by weighted particles (`pf.Twisted`), each also with moves on the exact joint density,
+and with the same moves from draws of the prior, which look at no data. Reported are medians over data sets: mean and median of log p(x), mean of log p(y given x), W1 to
 backward simulation over that of another run of it, and the largest difference of the share of draws with a positive
 first coordinate. Moved draws are compared with backward simulation from the Gaussian first state of the model, whose
 posterior they are of; the others with that from the stationary law of the archive.
@@ -30,6 +30,7 @@ NETWORK = pf.TemporalUNet()
 TRAINING = pf.ScoreTraining(steps=16_000, batch_size=32, held_out=0.02)
 SAMPLER = pf.Heun(steps=64, corrections=1)
 MOVES = pf.TransitionHMC(moves=100, leapfrog=20)
+PARTICLE_GUIDANCE = pf.Twisted(particles=256)
 PARTICLES = 16384
 DRAWS = 256
 
@@ -64,8 +65,10 @@ def figures(x: Any, y: Any, name: str, aim: Any, floor: float) -> dict[str, floa
     }
 
 
-def one(fitted: pf.ScoreTrajectory, name: str, number: int, draws: int) -> dict[str, dict[str, float]]:
-    """Figures by method for one data set."""
+def one(
+    fitted: pf.ScoreTrajectory, name: str, number: int, draws: int, methods: tuple[str, ...] = ()
+) -> dict[str, dict[str, float]]:
+    """Figures by method for one data set; of the methods named, or of all."""
     known = lorenz.scenario(name)
     _, y = (np.asarray(v) for v in lorenz.simulate(jax.random.key(100 + number), name))
     gaussian = lorenz.start().sample(jax.random.key(3), (PARTICLES,))
@@ -85,9 +88,13 @@ def one(fitted: pf.ScoreTrajectory, name: str, number: int, draws: int) -> dict[
     chosen = {
         "network": ("archive", fitted),
         "network, moved": ("model", dataclasses.replace(fitted, correction=MOVES)),
+        "particles": ("archive", dataclasses.replace(fitted, guidance=PARTICLE_GUIDANCE)),
+        "particles, moved": ("model", dataclasses.replace(fitted, guidance=PARTICLE_GUIDANCE, correction=MOVES)),
         "prior, moved": ("model", dataclasses.replace(fitted, guidance="none", correction=MOVES)),
     }
     for label, (law, method) in chosen.items():
+        if methods and label not in methods:
+            continue
         options = {"draws": draws, "progress": False, "noise": known.noise, "component": known.component}
         tree = pf.infer(lorenz.model, method=method, y=y, **options)
         found[label] = figures(states(tree), y, name, aims[law][0], floors[law])

@@ -66,8 +66,8 @@ from pushforward.methods._gain_fit import GainTraining
 from pushforward.methods._gains import BandedGain, CirculantGain, FullGain, LowRankGain, NetworkGain
 from pushforward.methods._guide import Guide
 from pushforward.methods._guided import Auxiliary, Linearized, Newton, Optimal
-from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
 from pushforward.methods._learned_filter import FilterTraining
+from pushforward.methods._linearization import Cubature, Exact, Extended, Iterated, Unscented
 from pushforward.methods._localisation import ByCorrelation, ByDistance
 from pushforward.methods._particle_parts import (
     AncestorTracing,

@@ -231,20 +231,20 @@ def component(c: Component, u: Float[Array, "members c"], t: Float[Array, "membe
 
 
 def invert_component(
-    c: Component, u: Float[Array, "members c"], value: Float[Array, "members"], used: Array, b: Basis
+    c: Component, u: Float[Array, "members c"], value: Float[Array, "members"], used: Array, b: Basis, bounds: tuple
 ) -> Float[Array, "members"]:
-    """t with S(u, t) = value for each member, by bisection within 30 standard deviations."""
+    """t with S(u, t) = value for each member, by bisection between two bounds, which it does not leave."""
     before = _before(u, b, used)
     left, weights = value - before @ c.free, before @ c.weights
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
+    def halve(_: Array, between: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = between
         middle = 0.5 * (low + high)
         above = jnp.sum(weights * rises(middle, c.centres, c.width)[0], -1) > left
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-    wide = jnp.full_like(value, 30.0)
-    low, high = jax.lax.fori_loop(0, 60 if value.dtype == jnp.float64 else 32, halve, (-wide, wide))
+    wide = (jnp.full_like(value, bounds[0]), jnp.full_like(value, bounds[1]))
+    low, high = jax.lax.fori_loop(0, 50 if value.dtype == jnp.float64 else 30, halve, wide)
     return 0.5 * (low + high)
 
 
@@ -259,7 +259,8 @@ def triangular(
     """The nonlinear map of greatest likelihood, triangular in the order of the state's entries.
 
     Component k depends on all data and on the entries before k, each through `number` bumps whose interactions with
-    `rising` steps of x_k let location, width and shape of x_k change with them.
+    `rising` steps of x_k let location, width and shape of x_k change with them. No member goes farther than one
+    standard deviation beyond the forecast and its affine analysis, where the sample says nothing of the map.
     """
     size, n = x.shape
     m = y.shape[1]
@@ -267,11 +268,13 @@ def triangular(
     b = basis(joint, number)
     used = jnp.concatenate([jnp.ones((n, m)), jnp.tril(jnp.ones((n, n)), -1)], 1).astype(x.dtype)
     seen = jnp.broadcast_to(data, (size, m))
+    around = jnp.concatenate([x, affine(x, y, data)])
+    low, high = jnp.min(around, 0) - 1.0, jnp.max(around, 0) + 1.0
 
     def move(before: Array, k: Array) -> tuple[Array, None]:
         c = fit_component(joint, x[:, k], used[k], b, rising, penalty)
         value = component(c, joint, x[:, k], used[k], b)
-        now = invert_component(c, jnp.concatenate([seen, before], 1), value, used[k], b)
+        now = invert_component(c, jnp.concatenate([seen, before], 1), value, used[k], b, (low[k], high[k]))
         return before.at[:, k].set(now), None
 
     return jax.lax.scan(move, jnp.zeros_like(x), jnp.arange(n))[0]

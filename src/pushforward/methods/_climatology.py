@@ -1,42 +1,50 @@
-"""Climatology: the covariance of a model's state over a long free run, the usual first background covariance."""
+"""Climatology: the covariance of a model's states over free runs, the usual first background covariance."""
 
 import jax
 import jax.numpy as jnp
 
 from pushforward._types import Array, Float, Key
+from pushforward.math.normals import normals
 from pushforward.model.state_space import Chain
 
-STEPS, BURN = 10_000, 1_000
+STEPS = 1000
+RUNS = 32
+"""Runs made together, so that a model whose states never move has a climatology, too: its initial law."""
 
 
-def climatology(chain: Chain, key: Key, steps: int = STEPS, burn: int = BURN) -> Float[Array, "n n"]:
-    """Covariance of the state over a free run that starts from a draw of the initial law.
+def climatology(chain: Chain, key: Key, steps: int = STEPS) -> Float[Array, "n n"]:
+    """Covariance of the states of `RUNS` free runs of the model, whose first half is left out.
 
-    The state moves by the model's own step, with its noise; data are not looked at. Series that the scan runs over
-    start anew when they end. Mean and squares are updated step by step (Welford 1962), so memory does not grow.
+    The runs start from draws of the initial law and move by the model's own step, with its noise; data are not looked
+    at. Series that the scan runs over start anew when they end. Sums are updated step by step, so memory does not grow
+    with the steps. A constant for gradients.
 
     Args:
         chain: the model at its parameters.
         key: typed JAX key.
-        steps: number of steps that count.
-        burn: number of steps before those.
+        steps: of each run.
     """
     first, second = jax.random.split(key)
-    state, riders, _ = chain.start(jax.random.normal(first, (chain.initial_dimension,)))
-    n, length = state.shape[0], chain.structure.length
+    states, riders, _ = jax.vmap(chain.start)(normals(first, (RUNS, chain.initial_dimension)))
+    length, n = chain.structure.length, states.shape[1]
 
-    def move(carry: tuple, t: Array) -> tuple[tuple, None]:
-        x, riding, mean, squares = carry
-        noise = jax.random.normal(jax.random.fold_in(second, t), (chain.noise_dimension,))
-        moved = chain.step(x, riding, t % length, noise)
-        count = t - burn + 1
-        away = moved.state - mean
-        share = jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), 0.0)
-        after = mean + share * away
-        weight = jnp.where(count > 0, 1.0, 0.0)
-        squares = squares + weight * jnp.outer(away, moved.state - after)
-        return (moved.state, moved.riders, after, squares), None
+    def move(carry: tuple[Array, list[Array]], t: Array) -> tuple[tuple[Array, list[Array]], None]:
+        noise = normals(jax.random.fold_in(second, t), (RUNS, chain.noise_dimension))
+        moved = jax.vmap(chain.step, (0, None, None, 0))(carry[0], carry[1], t % length, noise)
+        return (moved.state, [r[0] for r in moved.riders]), None
 
-    start = (state, riders, jnp.zeros(n), jnp.zeros((n, n)))
-    (_, _, _, squares), _ = jax.lax.scan(move, start, jnp.arange(burn + steps))
-    return 0.5 * (squares + squares.T) / (steps - 1)
+    half = steps // 2
+    settled, _ = jax.lax.scan(move, (states, [r[0] for r in riders]), jnp.arange(half))
+    # Sums about a point near the mean: squares of states far from 0 would cancel.
+    centre = jnp.mean(settled[0], 0)
+
+    def add(carry: tuple, t: Array) -> tuple[tuple, None]:
+        running, total, squares = carry
+        running, _ = move(running, t)
+        away = running[0] - centre
+        return (running, total + jnp.sum(away, 0), squares + away.T @ away), None
+
+    start = (settled, jnp.zeros(n, states.dtype), jnp.zeros((n, n), states.dtype))
+    (_, total, squares), _ = jax.lax.scan(add, start, jnp.arange(half, steps))
+    count = RUNS * (steps - half)
+    return jax.lax.stop_gradient((squares - jnp.outer(total, total) / count) / (count - 1))

@@ -12,10 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pushforward._types import Array, Key
+from pushforward._types import Array
 from pushforward.math import three_dvar
 from pushforward.math.kalman import LOG_2PI
-from pushforward.math.normals import normals
 from pushforward.math.small_matrices import symmetric
 from pushforward.math.three_dvar import BackgroundGain, background_gain
 from pushforward.methods._gains import Gain, Units
@@ -24,8 +23,6 @@ from pushforward.model.linear import step_at
 from pushforward.model.observing import observed_at
 from pushforward.model.state_space import Chain
 
-_MEMBERS = 32
-"""Free runs from which the climatological covariance is taken together."""
 _TOLERANCE = {8: 1e-10, 4: 1e-5}
 
 
@@ -251,33 +248,6 @@ class Learned(Setting):
         loss = three_dvar.variational_increment((f.mean, f.cov), (mean, cov), residual, H, f.noise, f.present)
         square = innovation @ jnp.linalg.solve(H @ f.cov @ H.T + noise, innovation)
         return Analysed(mean, cov, -loss, square)
-
-
-def climatology(chain: Chain, key: Key, steps: int) -> Array:
-    """Covariance (n, n) of the states of free runs of the model, whose first half is left out.
-
-    The runs start from the model's initial law and use its noise; a model whose steps vary in time is run through them
-    again and again.
-
-    Args:
-        chain: the model at its parameters.
-        key: typed JAX key.
-        steps: length of each of the runs.
-    """
-    first, second = jax.random.split(key)
-    states, riders, _ = jax.vmap(chain.start)(normals(first, (_MEMBERS, chain.initial_dimension)))
-    length = chain.structure.length
-
-    def move(carry: tuple[Array, list[Array]], t: Array) -> tuple[tuple[Array, list[Array]], Array]:
-        noise = normals(jax.random.fold_in(second, t), (_MEMBERS, chain.noise_dimension))
-        moved = jax.vmap(chain.step, (0, None, None, 0))(carry[0], carry[1], t % length, noise)
-        return (moved.state, [r[0] for r in moved.riders]), moved.state
-
-    start = (states, [r[0] for r in riders])
-    _, run = jax.lax.scan(move, start, jnp.arange(steps))
-    kept = run[steps // 2 :].reshape(-1, states.shape[1])
-    centred = kept - jnp.mean(kept, 0)
-    return jax.lax.stop_gradient(centred.T @ centred / (kept.shape[0] - 1))
 
 
 def slopes(chain: Chain) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from pushforward._types import Array, Key, Model
 from pushforward.math.innovations import Innovations
 from pushforward.methods import _gain_filter, _gain_fit
 from pushforward.methods._base import Draws, check_choice, check_integer, check_positive, content
+from pushforward.methods._climatology import climatology
 from pushforward.methods._filter_stats import innovation_stats
 from pushforward.methods._gain_filter import Background, Estimate, Learned, Operator, Setting
 from pushforward.methods._gain_fit import GainTraining, TrainedGain
@@ -249,7 +250,7 @@ class ThreeDVar(StateMethod):
         if known is not None:
             B = known
         elif isinstance(self.covariance, str):
-            B = self.scale * _gain_filter.climatology(chain, key, self.free_run)
+            B = self.scale * climatology(chain, key, self.free_run)
         else:
             B = self.covariance
         return _gain_filter.with_slopes(chain, B, self.iterations, alike)

@@ -179,13 +179,14 @@ class TransportFilter(StateMethod):
         x = unit.into(columns[:, :n])
         y, seen = transport_maps.standardise(simulated, data)
         moved = self.map.moved(x, y, seen, key)
-        # Without data nothing moves, whatever a trained map does.
-        moved = jnp.where(jnp.any(~jnp.isnan(data)), moved, x)
         beside = jnp.concatenate([columns[:, n:], start], 1)
         followed = transport_maps.follow(beside, x, y, moved, seen) if beside.shape[1] else beside
         extra = columns.shape[1] - n
         found = jnp.concatenate([unit.back(moved), followed[:, :extra]], 1)
-        return found, followed[:, extra:], transport_maps.squared_innovation(y, seen)
+        # Without data nothing moves, whatever a trained map does.
+        some = jnp.any(~jnp.isnan(data))
+        found, start = jnp.where(some, found, columns), jnp.where(some, followed[:, extra:], start)
+        return found, start, transport_maps.squared_innovation(y, seen)
 
     def _step(self, chain: Chain, columns: Layout, before: Flock, t: Array, key: Key) -> tuple[Flock, Cycle]:
         """Forecast, simulated data and analysis of step `t`."""
