@@ -47,6 +47,7 @@ test-full: $(STAMP) notebooks-full
 	$(BIN)/python -m benchmarks.trajectories
 	$(BIN)/python -m benchmarks.variational
 	$(BIN)/python -m benchmarks.learned_gain
+	$(BIN)/python -m benchmarks.learned_filters
 	$(BIN)/python -m benchmarks.learned_dynamics
 
 check: $(STAMP)

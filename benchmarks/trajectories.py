@@ -7,10 +7,11 @@
 
 One network is trained on 15,360 stationary trajectories of 65 states. For each data set of each scenario it draws
 trajectories by guidance alone, by weighted particles (`pf.Twisted`), each also with moves on the exact joint density,
-and with the same moves from draws of the prior, which look at no data. Reported are medians over data sets: mean and median of log p(x), mean of log p(y given x), W1 to
-backward simulation over that of another run of it, and the largest difference of the share of draws with a positive
-first coordinate. Moved draws are compared with backward simulation from the Gaussian first state of the model, whose
-posterior they are of; the others with that from the stationary law of the archive.
+and with the same moves from draws of the prior, which look at no data. Reported are medians over data sets: mean and
+median of log p(x), mean of log p(y given x), W1 to backward simulation over that of another run of it, and the largest
+difference of the share of draws with a positive first coordinate. Moved draws are compared with backward simulation
+from the Gaussian first state of the model, whose posterior they are of; the others with that from the stationary law of
+the archive.
 """
 
 import argparse

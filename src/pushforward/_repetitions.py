@@ -14,7 +14,7 @@ import numpy as np
 from pushforward import _evaluate, posterior
 from pushforward._errors import ArgumentError, DataError, InferenceError, MethodError, ModelError, Outcome
 from pushforward._infer import infer
-from pushforward._runner import Runner, _bar
+from pushforward._runner import Runner, progress_bar
 from pushforward._types import Key, Model
 from pushforward.model._conditioned import draw_jointly, why_not_simulated, with_data
 from pushforward.model.inverse import InverseProblem, read_problem
@@ -261,7 +261,7 @@ class Record:
         Raises:
             InferenceError: more than a tenth failed.
         """
-        with _bar(self.progress, self.label, 0, self.n) as bar:
+        with progress_bar(self.progress, self.label, 0, self.n) as bar:
             for run in runs:
                 bar.update(1)
                 self._note(run.cautions)

@@ -73,26 +73,28 @@ class Runner:
             every: steps between two checkpoints.
             feed: what `advance` is given of each step before `args`; steps are then run one by one.
         """
-        start, state = self._resume(state)
+        start, state = self.resume(state)
         chunks = _CHUNKS if self.progress or self.checkpoint else 1
         size = every if every and self.checkpoint else max(1, -(-total // chunks))
         size = 1 if feed else size
-        with _bar(self.progress, self.label, start, total) as bar:
+        with progress_bar(self.progress, self.label, start, total) as bar:
             while start < total:
                 stop = min(start + size, total)
                 fed = (feed(start),) if feed else ()
                 state = self.call(advance, state, jnp.asarray(start), jnp.asarray(stop), *fed, *args)
-                self._save(stop, state)
+                self.save(stop, state)
                 bar.update(stop - start)
                 start = stop
         return state
 
-    def _resume(self, state: Any) -> tuple[int, Any]:
+    def resume(self, state: Any) -> tuple[int, Any]:
+        """The step and the state that the checkpoint holds, or 0 and the state given."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return 0, state
         return _files.read_checkpoint(self.checkpoint, self.identity, state)
 
-    def _save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any) -> None:
+        """Write the state after a step to the checkpoint, if there is one."""
         if self.checkpoint is not None:
             _files.write_checkpoint(self.checkpoint, self.identity, step, state)
 
@@ -129,7 +131,7 @@ class _Silent:
         return None
 
 
-def _bar(progress: bool, label: str, start: int, total: int) -> Any:
+def progress_bar(progress: bool, label: str, start: int, total: int) -> Any:
     if not progress:
         return _Silent()
     from tqdm import tqdm

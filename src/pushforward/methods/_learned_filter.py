@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pushforward._errors import DataError, MethodError
-from pushforward._runner import Runner, _bar
+from pushforward._runner import Runner, progress_bar
 from pushforward._types import Array, Key
 from pushforward.methods import _ensemble_filter
 from pushforward.methods._base import check_integer, check_positive, content
@@ -186,7 +186,7 @@ def fit(
 
     parts = options(method, learn)
     trials = _Trials(np.full((2, training.steps), np.nan))
-    known, state = runner._resume(jnp.asarray(trials.found))
+    known, state = runner.resume(jnp.asarray(trials.found))
     trials.found[:] = np.asarray(state)
 
     def loss(point: np.ndarray) -> float:
@@ -198,7 +198,7 @@ def fit(
             given = (method, learn, space, key, training.repeats, training.skip)
             found = runner.call(_mean_score, jnp.asarray(point), *given)
             trials.found[:, number] = float(found.value), int(found.failed_at)
-            runner._save(number + 1, jnp.asarray(trials.found))
+            runner.save(number + 1, jnp.asarray(trials.found))
         bar.update(1)
         value, step = trials.found[:, number]
         if number == 0 and step >= 0:
@@ -212,7 +212,7 @@ def fit(
     simplex = start + _SPREAD * np.concatenate([np.zeros((1, len(parts))), np.eye(len(parts))])
     settings = {"maxfev": training.steps, "initial_simplex": simplex}
     settings |= {"xatol": training.tolerance, "fatol": training.tolerance}
-    with _bar(runner.progress, "EnKF.fit", 0, training.steps) as bar:
+    with progress_bar(runner.progress, "EnKF.fit", 0, training.steps) as bar:
         optimize.minimize(loss, start, method="Nelder-Mead", options=settings)
     _warn(trials)
     return with_values(method, parts, [float(v) for v in trials.best()])
