@@ -11,10 +11,10 @@ from pushforward._errors import MethodError
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
 from pushforward.learned.score_model import ScoreModel
-from pushforward.math.diffusion import power_grid
+from pushforward.math.diffusion import Scalar, power_grid
 from pushforward.math.guidance import Linearised, rows_of
 from pushforward.math.resampling import systematic
-from pushforward.math.twisted import Population, twist, twisted
+from pushforward.math.twisted import Population, Twist, twist, twisted
 from pushforward.methods._base import check_fraction, check_integer
 from pushforward.methods._score_guidance import AutomaticGuidance, AveragedGuidance, GammaGuidance, Guidance
 from pushforward.methods._score_samplers import Sampler
@@ -121,7 +121,7 @@ def _run(
     shape = (series.rows, *model.state)
     known = model.errors_of(series.rows) if isinstance(chosen, AveragedGuidance) else None
 
-    def spread(level: Array, seen: Linearised, clean: Array) -> Array:
+    def spread(level: Scalar, seen: Linearised, clean: Array) -> Array:
         if isinstance(chosen, GammaGuidance):
             return chosen.factor * level**2 * seen.gains
         assert known is not None
@@ -134,7 +134,7 @@ def _run(
     one = twist(model.denoiser(given), observations(reading, model), spread, likelihood)
     batch = at_once(count, jnp.zeros(shape).size, known is not None)
 
-    def all_of(states: Array, level: Array):
+    def all_of(states: Array, level: Scalar) -> Twist:
         return jax.lax.map(lambda x: one(x, level), states, batch_size=batch)
 
     first, second, third = jax.random.split(key, 3)

@@ -93,7 +93,7 @@ class ScoreTrajectory(Method):
     window: int = 0
     guidance: Guidance | SourceSpace | Twisted = eqx.field(
         default_factory=AutomaticGuidance,
-        converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace, Twisted), "pf.Twisted()"),
+        converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace, Twisted), "pf.SourceSpace()"),
     )
     sampler: Sampler = eqx.field(
         default_factory=Heun,
