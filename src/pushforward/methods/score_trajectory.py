@@ -30,6 +30,7 @@ from pushforward.model.inverse import InverseProblem, read_problem
 from pushforward.model.series import Series, needed_parameters, parameter_values, read_series
 
 _NETWORKS = _score_fit.NETWORKS
+_GUIDING = (Guidance, SourceSpace, Twisted)
 
 
 class TrainedScore(eqx.Module):
@@ -93,7 +94,7 @@ class ScoreTrajectory(Method):
     window: int = 0
     guidance: Guidance | SourceSpace | Twisted = eqx.field(
         default_factory=AutomaticGuidance,
-        converter=option("ScoreTrajectory", "guidance", GUIDANCES, (Guidance, SourceSpace, Twisted), "pf.SourceSpace()"),
+        converter=option("ScoreTrajectory", "guidance", GUIDANCES, _GUIDING, "pf.SourceSpace()"),
     )
     sampler: Sampler = eqx.field(
         default_factory=Heun,
