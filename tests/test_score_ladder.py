@@ -101,12 +101,12 @@ def test_moment_matching_of_a_trained_network_of_windows_does_not_explode(archiv
         pf.WindowMLP(width=128, depth=3),
         archive[:4096],
         window=2 * k + 1,
-        training=pf.ScoreTraining(steps=3000, batch_size=128),
+        training=pf.ScoreTraining(steps=2000, batch_size=128),
         guidance="mmps",
-        sampler=pf.Heun(steps=48, corrections=2, tau=0.5),
+        sampler=pf.Heun(steps=32, corrections=2, tau=0.5),
     )
     y, noise, exact = law("hi", 3)
-    x = drawn(method, y, noise, 256)
+    x = drawn(method, y, noise, 64)
     dm, sd, _ = distances(x, exact)
     assert dm <= 0.5
     assert sd.max() < 3
