@@ -274,7 +274,7 @@ def test_a_run_resumes_to_the_identical_result(tmp_path, monkeypatch):
     """Interrupted after its second step."""
     options = {"method": pf.EKI(20, schedule=4), "checkpoint": tmp_path / "run.ckpt"}
     whole = run(pf.EKI(20, schedule=4))
-    saved, count = Runner._save, []
+    saved, count = Runner.save, []
 
     def stop(self, step, state):
         saved(self, step, state)
@@ -282,10 +282,10 @@ def test_a_run_resumes_to_the_identical_result(tmp_path, monkeypatch):
         if len(count) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Runner, "_save", stop)
+    monkeypatch.setattr(Runner, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         pf.infer(linear, y=DATA, progress=False, **options)
-    monkeypatch.setattr(Runner, "_save", saved)
+    monkeypatch.setattr(Runner, "save", saved)
     again = pf.infer(linear, y=DATA, progress=False, **options)
     assert count == [1, 2]
     np.testing.assert_array_equal(draws_of(again), draws_of(whole))

@@ -416,7 +416,7 @@ def test_an_interrupted_run_resumes_to_the_identical_result(tmp_path, monkeypatc
         "progress": False,
     }
     whole = pf.learn(drifting, **options)
-    saves, save = [], Runner._save
+    saves, save = [], Runner.save
 
     def interrupted(self, step, state):
         save(self, step, state)
@@ -425,7 +425,7 @@ def test_an_interrupted_run_resumes_to_the_identical_result(tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_save", interrupted)
+        patch.setattr(Runner, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pf.learn(drifting, checkpoint=tmp_path / "run", **options)
     resumed = pf.learn(drifting, checkpoint=tmp_path / "run", **options)

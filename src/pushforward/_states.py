@@ -99,8 +99,8 @@ def check_given(states: Any, method: Method, problem: InverseProblem) -> StateSp
     if method.gradients and not states.differentiable:
         raise MethodError(
             f"{type(method).__name__} follows the gradient of the log likelihood, and states={name}(...) has none: "
-            "its choice of particles is a jump, or its map is trained step by step. Use method=pf.PMMH(); of a "
-            "ParticleFilter, resampling=pf.StopGradient() or pf.Transport()."
+            "its choice of particles is a jump (or its map is trained in each step). Use method=pf.PMMH(), "
+            "resampling=pf.StopGradient() or pf.Transport()."
         )
     reason = method.why_not_states(space, states) if isinstance(method, OverStates) else None
     if reason:

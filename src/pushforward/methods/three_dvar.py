@@ -73,7 +73,7 @@ class ThreeDVar(StateMethod):
         ...     scan(step, numpyro.sample("x0", dist.Normal(0, 5)), y)
         >>> tree = pf.infer(walk, method=pf.ThreeDVar(np.eye(1)), y=np.array([1.0, 2.0, np.nan, 3.0]))
         >>> tree["filtering"]["x"].shape, tree["filtering"]["x_sd"].shape
-        ((1, 4), (1, 4))
+        ((4,), (4,))
     """
 
     returns: ClassVar[str] = "filtering"
