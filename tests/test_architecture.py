@@ -375,19 +375,21 @@ def test_methods_have_at_most_eight_options():
 
 
 def test_importing_is_cheap_and_changes_nothing():
+    """What every call of `infer` with NUTS waits for; other methods are loaded when they are asked for."""
     script = """
 import sys, time, warnings
 import jax, jax.numpy, numpyro, numpyro.distributions
 import numpyro.infer
 filters, settings, known = list(warnings.filters), dict(jax.config.values), set(sys.modules)
 start = time.process_time()
-import pushforward
+import pushforward as pf
+pf.infer, pf.NUTS
 seconds = time.process_time() - start
 assert warnings.filters == filters, "warning filters changed"
 assert dict(jax.config.values) == settings, "jax.config changed"
 assert not jax.live_arrays(), "device buffers allocated"
 lazy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "xarray", "pandas", "blackjax",
-        "scipy.stats", "scoringrules", "sklearn", "diffrax", "h5netcdf")
+        "scipy.stats", "scoringrules", "sklearn", "diffrax", "h5netcdf", "pushforward.methods.smc2")
 print(seconds, *[name for name in lazy if name in set(sys.modules) - known])
 """
     # The least of three: other work on the machine can only make an import slower.

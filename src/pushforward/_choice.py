@@ -2,17 +2,11 @@
 
 from typing import Any
 
-from pushforward import _states
+from pushforward import _states, methods
 from pushforward._errors import MethodError, ModelError
 from pushforward.methods import NAMES
 from pushforward.methods._base import Method
 from pushforward.methods._state import StateMethod
-from pushforward.methods.discrete_hmm import DiscreteHMM
-from pushforward.methods.eki import EKI
-from pushforward.methods.kalman import Kalman
-from pushforward.methods.nuts import NUTS
-from pushforward.methods.pmmh import PMMH
-from pushforward.methods.tempered_smc import TemperedSMC
 from pushforward.model.inverse import InverseProblem
 from pushforward.model.simulator import WITHOUT_GRADIENT, holds_simulator, simulators
 from pushforward.model.state_space import read_state_space
@@ -50,21 +44,23 @@ def choose(method: Any, states: Any, problem: InverseProblem) -> tuple[Method, A
 
 def _automatic(states: Any, problem: InverseProblem) -> tuple[Method, Any, str]:
     if isinstance(states, StateMethod) and not states.differentiable:
-        return PMMH(), states, "the state method's likelihood has no gradient: PMMH is exact for the parameters"
+        reason = "the state method's likelihood has no gradient: PMMH is exact for the parameters"
+        return methods.PMMH(), states, reason
     if states is not None:
-        return NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
+        return methods.NUTS(), states, "the state method integrates the trajectory out: NUTS for the parameters"
     if holds_simulator(problem):
         return _without_gradient(problem)
     if problem.structure.discrete:
         return _discrete(problem)
     space, reason = _states.automatic(problem)
     if space is not None and not space.structure.parameters:
-        return Kalman(), None, f"{reason} without parameters: the Kalman smoother is exact"
+        return methods.Kalman(), None, f"{reason} without parameters: the Kalman smoother is exact"
     if space is not None:
-        return NUTS(), Kalman(), f"{reason} with parameters: NUTS over the exact Kalman likelihood"
+        return methods.NUTS(), methods.Kalman(), f"{reason} with parameters: NUTS over the exact Kalman likelihood"
     if reason:
-        return NUTS(), None, f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
-    return NUTS(), None, "differentiable model: NUTS is the reference"
+        reason = f"the model has a scan, sampled as one joint density over the whole trajectory ({reason})"
+        return methods.NUTS(), None, reason
+    return methods.NUTS(), None, "differentiable model: NUTS is the reference"
 
 
 def _check_gradient(method: Method, problem: InverseProblem) -> None:
@@ -77,9 +73,10 @@ def _check_gradient(method: Method, problem: InverseProblem) -> None:
 
 def _without_gradient(problem: InverseProblem) -> tuple[Method, Any, str]:
     """For a model with a simulator; the method's own `why_not` has the last word."""
-    if EKI().why_not(problem) is None:
-        return EKI(), None, "the model calls a simulator without gradient and its likelihood is Gaussian: EKI"
-    return TemperedSMC(), None, "the model calls a simulator without gradient: TemperedSMC is exact, in many runs"
+    if methods.EKI().why_not(problem) is None:
+        return methods.EKI(), None, "the model calls a simulator without gradient and its likelihood is Gaussian: EKI"
+    reason = "the model calls a simulator without gradient: TemperedSMC is exact, in many runs"
+    return methods.TemperedSMC(), None, reason
 
 
 def _discrete(problem: InverseProblem) -> tuple[Method, Any, str]:
@@ -87,13 +84,14 @@ def _discrete(problem: InverseProblem) -> tuple[Method, Any, str]:
     try:
         space = read_state_space(problem)
     except ModelError:
-        return NUTS(), None, ""
-    if DiscreteHMM().why_not(space):
-        return NUTS(), None, ""
+        return methods.NUTS(), None, ""
+    if methods.DiscreteHMM().why_not(space):
+        return methods.NUTS(), None, ""
     reason = "the model is a scan with finitely many states"
     if space.structure.parameters:
-        return NUTS(), DiscreteHMM(), f"{reason} and with parameters: NUTS over the exact sum over the states"
-    return DiscreteHMM(), None, f"{reason} and without parameters: the sum over them is exact"
+        reason = f"{reason} and with parameters: NUTS over the exact sum over the states"
+        return methods.NUTS(), methods.DiscreteHMM(), reason
+    return methods.DiscreteHMM(), None, f"{reason} and without parameters: the sum over them is exact"
 
 
 def fits(method: Method, problem: Any) -> str | None:

@@ -86,9 +86,11 @@ class Stored(ABC):
 
     Attributes:
         needs_model: whether `load` must be given the model, which no file holds.
+        described: what a file holds, for messages.
     """
 
     needs_model: ClassVar[bool] = True
+    described: ClassVar[str] = "a stream"
 
     @abstractmethod
     def stored(self, arrays: list[np.ndarray]) -> dict[str, Any]:
@@ -101,13 +103,13 @@ class Stored(ABC):
 
 
 def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
-    """Write a method, trained or not, a stream of `pf.online` or a `pf.FlowPrior` to a file that `load` reads.
+    """Write a method, trained or not, a stream, a `pf.FlowPrior` or what `pf.learn` found to a file that `load` reads.
 
     The file is written beside its place and then renamed, so that a process that is killed leaves the old or the new.
 
     Args:
         path: file to write; its folder is made if need be.
-        method: an instance of one of this library's methods, a stream, or a flow prior.
+        method: an instance of one of this library's methods, a stream, a flow prior, or what `pf.learn` returned.
 
     Raises:
         ArgumentError: `method` is something else; a result is written with `tree.to_netcdf(path)`.
@@ -128,21 +130,23 @@ def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
     if not isinstance(method, eqx.Module) or not _is_ours(type(method)):
         raise ArgumentError(
             f"pf.save writes methods and streams of pushforward; got {type(method).__name__}. "
-            "Of distributions it writes a FlowPrior; a result is written with tree.to_netcdf('result.nc')."
+            "Of distributions it writes a FlowPrior, and of what pf.learn returns all together, not its parts; a result "
+            "is written with tree.to_netcdf('result.nc')."
         )
     _write(Path(path), {"kind": "method", "value": _encode(method, arrays)}, arrays)
 
 
 def load(path: str | os.PathLike, *, model: Any = None) -> Any:
-    """Read a method, a stream or a flow prior that `save` wrote.
+    """Read a method, a stream, a flow prior or what `pf.learn` found, as `save` wrote it.
 
     Args:
         path: the file.
-        model: for a stream, the model that it began with, since functions are never written to files.
+        model: for a stream and for what was learned, the model that `pf.online` or `pf.learn` was given, since
+            functions are never written to files.
 
     Raises:
-        ArgumentError: a stream without its model, or anything else with one.
-        CheckpointError: the file is missing, damaged, or holds something else; a stream of another model.
+        ArgumentError: a stream, or what was learned, without its model, or anything else with one.
+        CheckpointError: the file is missing, damaged, or holds something else; a stream, or estimates, of another model.
     """
     header, arrays = _read(Path(path))
     if header.get("kind") not in ("method", "stored"):
@@ -154,7 +158,7 @@ def load(path: str | os.PathLike, *, model: Any = None) -> Any:
     kind = _stored_class(header.get("class"), path)
     if kind.needs_model and not callable(model):
         raise ArgumentError(
-            f"{path} holds a stream. Write pf.load(path, model=model), with the model that it began with."
+            f"{path} holds {kind.described}. Write pf.load(path, model=model), with the model that it belongs to."
         )
     if not kind.needs_model and model is not None:
         raise ArgumentError(f"{path} holds a {kind.__name__}, which needs no model. Write pf.load(path).")

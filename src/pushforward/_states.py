@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pushforward import _evaluate, posterior
+from pushforward import _evaluate, methods, posterior
 from pushforward._errors import MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward._types import Array, Key
@@ -16,8 +16,6 @@ from pushforward.methods import NAMES
 from pushforward.methods._base import Draws, Method, count
 from pushforward.methods._pseudo_marginal import OverStates, needs_states
 from pushforward.methods._state import StateDraws, StateMethod
-from pushforward.methods.discrete_hmm import DiscreteHMM
-from pushforward.methods.kalman import Kalman
 from pushforward.model._fingerprint import array_digest
 from pushforward.model.inverse import InverseProblem
 from pushforward.model.marginal import marginal
@@ -32,7 +30,7 @@ def automatic(problem: InverseProblem) -> tuple[StateSpace | None, str]:
         return None, ""
     try:
         space = read_state_space(problem)
-        reason = Kalman().why_not(space)
+        reason = methods.Kalman().why_not(space)
     except ModelError as error:
         return None, str(error).splitlines()[0]
     return (space, "the model is a linear-Gaussian scan") if reason is None else (None, reason)
@@ -244,7 +242,7 @@ def carry(found: StateDraws) -> dict[str, Array]:
 
 def reproducible(states: Any, notes: list[str]) -> bool:
     """Whether the model run at the draws of its latent sites gives back the trajectories, as replicated data need."""
-    exact = (isinstance(states, Kalman) and states.exact) or isinstance(states, DiscreteHMM)
+    exact = (isinstance(states, methods.Kalman) and states.exact) or isinstance(states, methods.DiscreteHMM)
     if exact and states.store == "draws":
         return True
     notes.append(

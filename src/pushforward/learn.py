@@ -1,7 +1,6 @@
 """`learn`: point estimates of what a state-space model does not know, by likelihood, posterior mode or EM."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pushforward._infer import _checkpoint_path, _identity, _typed_key
 from pushforward._runner import Runner
 from pushforward._types import Array, Key, Model
 from pushforward.learned import _likelihood_training as training
+from pushforward.learned.estimates import Learned, Origin
 from pushforward.learned.learning import EM, MAP, NAMES, Increments, Learner, Likelihood
 from pushforward.learned.unknowns import Marginal, Objective, Unknowns
 from pushforward.methods import NAMES as METHODS
@@ -30,30 +30,6 @@ from pushforward.model.state_space import StateSpace, read_state_space
 
 _FEW = 50
 """Unknown numbers up to which standard errors are computed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """What `pf.learn` found.
-
-    Attributes:
-        estimates: values by site, latent parameters and `numpyro.param` sites (pytrees) alike.
-        standard_errors: by site, from the observed information by the delta method; empty where there are more than 50
-            unknown numbers, where the curvature is not that of a maximum, and for `pf.Increments`.
-        model: the user's model with its unknowns at the estimates, which `pf.infer(model, method=...)` takes.
-        log_likelihood: by step, log p(data given unknowns) as the state method sees it; with `pf.MAP` the log prior is
-            added.
-        outcome: how the run ended; NOT_POSITIVE_DEFINITE where there is no maximum in every direction, as with networks
-            whose weights the data do not tell apart.
-        attributes: method, states, steps, seconds, `failed_step` (None while all went well) and warnings.
-    """
-
-    estimates: dict[str, Any]
-    standard_errors: dict[str, np.ndarray]
-    model: Model
-    log_likelihood: np.ndarray
-    outcome: Outcome
-    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 def learn(
@@ -89,7 +65,8 @@ def learn(
         **kwargs: the model's named arguments.
 
     Returns:
-        A `Learned` with estimates, standard errors, the trained model and the curve of the log likelihood.
+        A `Learned` with estimates, standard errors, the trained model and the curve of the log likelihood. `pf.save`
+        writes it; ``pf.load(path, model=model)`` reads it.
 
     Raises:
         ModelError: no scan, or nothing to learn.
@@ -131,7 +108,8 @@ def learn(
         "run_seconds": runner.run_seconds,
         "warnings": notes,
     }
-    found = Learned(known, errors, _param_sites.fixed(model, known), curve, outcome, attributes)
+    origin = Origin.of(model, args, kwargs, tuple(sites.values))
+    found = Learned(known, errors, _param_sites.fixed(model, known), curve, outcome, attributes, origin)
     if throw and outcome in (Outcome.NONFINITE, Outcome.NONFINITE_START):
         raise InferenceError(f"{type(method).__name__}: {_said(broken, states)} {outcome.text}", outcome, found)
     return found

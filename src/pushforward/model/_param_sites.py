@@ -80,6 +80,34 @@ def param_sites(model: Model, args: tuple, kwargs: dict[str, Any], key: Key) -> 
     return ParamSites(values, rest["constraints"])
 
 
+def shapes(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Values of `numpyro.param` sites as the model sees them, with shapes in place of arrays; no number is computed.
+
+    Args:
+        model: a NumPyro model.
+        args: its positional arguments, `jax.ShapeDtypeStruct` in place of arrays.
+        kwargs: its named arguments, likewise.
+    """
+    given, rest = eqx.partition((args, kwargs), lambda v: isinstance(v, jax.ShapeDtypeStruct))
+    static: list[Any] = []
+
+    def run(given: Any) -> dict[str, Any]:
+        args, kwargs = eqx.combine(given, rest)
+        with handlers.trace() as trace:
+            handlers.seed(_Outside(model), jax.random.key(0))(*args, **kwargs)
+        found = {}
+        for name, site in trace.items():
+            if site["type"] == "param":
+                constraint = site["kwargs"].get("constraint", dist.constraints.real)
+                found[name] = _constrain(constraint, _unconstrain(constraint, site["value"]))
+        arrays, other = eqx.partition(found, eqx.is_array)
+        static.append(other)
+        return arrays
+
+    arrays = jax.eval_shape(run, given)
+    return eqx.combine(arrays, static[-1])
+
+
 def is_trained(leaf: Any) -> bool:
     """Whether a leaf of a parameter is a floating array."""
     return eqx.is_inexact_array(leaf)
