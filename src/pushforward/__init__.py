@@ -5,5 +5,6 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-for _module in ("metrics", "parallel", "problems"):
-    __all__.remove(_module)
+__all__.remove("metrics")
+__all__.remove("parallel")
+__all__.remove("problems")
