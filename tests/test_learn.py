@@ -1,5 +1,7 @@
 """`pf.learn`: maximum likelihood, posterior mode and EM against exact answers; parameters of both kinds; failures."""
 
+import collections
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -14,7 +16,7 @@ import scipy.stats
 from numpyro.contrib.control_flow import scan
 
 import pushforward as pf
-from pushforward._errors import InferenceError, MethodError, ModelError, Outcome
+from pushforward._errors import ArgumentError, CheckpointError, InferenceError, MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward.learn import _read
 from pushforward.learned.unknowns import Marginal
@@ -82,13 +84,19 @@ def series():
     return y
 
 
+@functools.cache
+def likeliest():
+    """Maximum likelihood of `autoregression` in float64."""
+    method = pf.Likelihood(tolerance=1e-7)
+    return pf.learn(autoregression, y=series(), states=pf.Kalman(), method=method, progress=False)
+
+
 def unknowns_of(model, **kwargs):
     return _read(model, (), kwargs, param_sites(model, (), kwargs, jax.random.key(0)), None)
 
 
 def test_maximum_likelihood_is_that_of_the_dense_covariance(float64):
-    method = pf.Likelihood(tolerance=1e-7)
-    found = pf.learn(autoregression, y=series(), states=pf.Kalman(), method=method, progress=False)
+    found = likeliest()
     rho, q, r, value = exact_maximum()
     assert found.log_likelihood[0] == pytest.approx(dense_log_likelihood((0.5, 1.0, 0.6), series()), abs=1e-9)
     assert found.log_likelihood[-1] == pytest.approx(value, abs=1e-6)
@@ -269,6 +277,125 @@ def test_a_network_in_the_step_is_learned():
     error = np.array([float(net(jnp.array([v]))[0]) for v in points]) - (0.5 - 0.3 * points)
     assert np.abs(error).mean() < np.abs(0.5 - 0.3 * points).mean() / 3
     assert found.log_likelihood[-1] > found.log_likelihood[0] + 50
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def closure(hidden=3, name="net", slope=0.5):
+    """A model whose network has a class, and an activation, that no import finds."""
+
+    class Correction(eqx.Module):
+        layers: list
+        half: jax.Array
+        count: jax.Array
+        bend: object
+
+        def __call__(self, x):
+            return self.half.astype(x.dtype) * self.layers[1](self.bend(self.layers[0](x)))
+
+    def built(key):
+        first, second = jax.random.split(key)
+        layers = [eqx.nn.Linear(1, hidden, key=first), eqx.nn.Linear(hidden, 1, key=second)]
+        return Correction(layers, jnp.asarray(0.5, jnp.bfloat16), jnp.arange(2), lambda v: jnp.tanh(v))
+
+    def model(y, names=("a", "b"), scale=1.0):
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        net = numpyro.param(name, built)
+        sd = numpyro.param("sd", 0.5, constraint=POSITIVE)
+
+        def step(x, y):
+            x = numpyro.sample("x", dist.Normal(slope * rate * x + net(x[None])[0], scale * sd))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y)
+            return x, None
+
+        scan(step, numpyro.sample("x0", dist.Normal(0.0, 1.0)), y)
+
+    return model
+
+
+@functools.cache
+def with_network():
+    options = {"states": pf.Kalman("extended"), "method": pf.Likelihood(steps=2, optimizer="adam"), "progress": False}
+    return pf.learn(closure(), y=data(20), names=("a", "b"), **options)
+
+
+def same(a, b):
+    """Whether two pytrees have equal arrays of equal types."""
+    pairs = zip(jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True)
+    return all(u.dtype == v.dtype and np.array_equal(np.asarray(u), np.asarray(v)) for u, v in pairs)
+
+
+def test_what_was_learned_is_read_as_it_was_written(float64, tmp_path):
+    found = likeliest()
+    pf.save(tmp_path / "folder" / "learned.pf", found)
+    back = pf.load(tmp_path / "folder" / "learned.pf", model=autoregression)
+    assert list(back.estimates) == list(found.estimates)
+    assert same(back.estimates, found.estimates)
+    assert back.standard_errors == found.standard_errors
+    np.testing.assert_array_equal(back.log_likelihood, found.log_likelihood)
+    assert back.log_likelihood.dtype == found.log_likelihood.dtype
+    assert (back.outcome, back.attributes) == (found.outcome, found.attributes)
+    assert isinstance(back.outcome, Outcome)
+    trees = [pf.infer(f.model, method=pf.Kalman(store="last"), y=series(), progress=False) for f in (found, back)]
+    assert trees[0].attrs["log_evidence"] == trees[1].attrs["log_evidence"]
+    with jax.enable_x64(False), pytest.raises(CheckpointError, match="learned in float64, and JAX is in float32"):
+        pf.load(tmp_path / "folder" / "learned.pf", model=autoregression)
+
+
+def test_networks_are_made_anew_by_the_model(tmp_path):
+    """The class of `closure()` is another one in each call, as in another process, and so is its activation."""
+    found, path = with_network(), tmp_path / "learned.pf"
+    pf.save(path, found)
+    back = pf.load(path, model=closure())
+    net = back.estimates["net"]
+    assert type(net).__name__ == "Correction"
+    assert type(net) is not type(found.estimates["net"])
+    assert net.half.dtype == jnp.bfloat16
+    assert same(back.estimates, found.estimates)
+    state = jnp.array([0.7])
+    assert net(state) == found.estimates["net"](state)
+    options = {"method": pf.Kalman("extended", store="last"), "y": data(20), "progress": False}
+    trees = [pf.infer(f.model, **options) for f in (found, back)]
+    assert trees[0].attrs["log_evidence"] == trees[1].attrs["log_evidence"]
+    pf.save(path, back)
+    assert same(pf.load(path, model=closure()).estimates, found.estimates)
+
+
+def test_files_of_other_models_are_refused(tmp_path):
+    found, path = with_network(), tmp_path / "learned.pf"
+    pf.save(path, found)
+
+    def broken(y, names=()):
+        numpyro.param("net", lambda key: {}["missing"])
+
+    with pytest.raises(ArgumentError, match=r"holds what pf.learn found. Write pf.load\(path, model=model\)"):
+        pf.load(path)
+    with pytest.raises(CheckpointError, match=r"sites \['net', 'sd'\], and this one has \['other', 'sd'\]"):
+        pf.load(path, model=closure(name="other"))
+    with pytest.raises(CheckpointError, match="'net' has arrays .*and this model makes .*4, 1.*given to pf.learn"):
+        pf.load(path, model=closure(hidden=4))
+    with pytest.raises(CheckpointError, match="stopped with KeyError: 'missing'. Pass the model"):
+        pf.load(path, model=broken)
+    with pytest.warns(UserWarning, match="not what it was when the estimates were learned"):
+        assert same(pf.load(path, model=closure(slope=0.4)).estimates, found.estimates)
+
+
+def test_save_says_what_it_cannot_write(tmp_path):
+    found = with_network()
+    args, kwargs = found.origin.call
+    odd = dataclasses.replace(found.origin, call=(args, kwargs | {"names": object()}))
+    with pytest.raises(ArgumentError, match=r"no arrays must be numbers.*type object. .*functools.partial\(model"):
+        pf.save(tmp_path / "learned.pf", dataclasses.replace(found, origin=odd))
+    pair = collections.namedtuple("pair", "a b")
+    odd = dataclasses.replace(found.origin, call=(args, kwargs | {"names": pair(1, 2)}))
+    with pytest.raises(ArgumentError, match="plain lists, tuples and dicts"):
+        pf.save(tmp_path / "learned.pf", dataclasses.replace(found, origin=odd))
+    with pytest.raises(ArgumentError, match="made by hand"):
+        pf.save(tmp_path / "learned.pf", dataclasses.replace(found, origin=None))
+    with pytest.raises(ArgumentError, match=r"of what pf.learn returns all together, not its parts"):
+        pf.save(tmp_path / "learned.pf", found.model)
+    assert not (tmp_path / "learned.pf").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- failures

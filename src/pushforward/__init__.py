@@ -5,6 +5,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__.remove("metrics")
-__all__.remove("parallel")
-__all__.remove("problems")
+# Modules that `import *` need not bring.
+__all__ = [name for name in __all__ if name not in {"metrics", "parallel", "problems"}]  # pyright: ignore[reportUnsupportedDunderAll]
