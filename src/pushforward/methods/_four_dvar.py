@@ -19,6 +19,7 @@ from pushforward.model import trajectories
 from pushforward.model.state_space import Chain, Observed
 
 _LONG = 64
+_SHORT = 16
 _DENSE = 1000
 _BATCH = 64
 _PROBED = 128
@@ -52,6 +53,7 @@ class Stretch(NamedTuple):
         counted: which steps' data count, shape (L,).
         width: length of the free noise of a step, 0 where there is none.
         full: length q of the noise of a step.
+        horizon: steps that are run, a number that may be traced; None for all. Data beyond it do not count.
     """
 
     begin: Callable[[Array], Begun]
@@ -60,6 +62,7 @@ class Stretch(NamedTuple):
     counted: Array
     width: int
     full: int
+    horizon: Array | None = None
 
     @property
     def dimension(self) -> int:
@@ -86,7 +89,9 @@ class Stretch(NamedTuple):
             return (moved.state, moved.riders, phi), jnp.where(counted, w, 0.0)
 
         start = (begun.state, begun.riders, begun.phi)
-        (_, _, phi), w = _scan(move, start, (self.noise(z), self.times, self.counted))
+        items = (self.noise(z), self.times, self.counted)
+        move = move if self.horizon is None else _until(move, self.horizon, self.times[0])
+        (_, _, phi), w = _scan(move, start, items)
         return jnp.concatenate([begun.w, jnp.ravel(w)]), phi
 
     def path(self, z: Array) -> Path:
@@ -100,6 +105,16 @@ class Stretch(NamedTuple):
         _, (states, riders) = jax.lax.scan(move, (begun.state, begun.riders), (noise, self.times))
         states = jnp.concatenate([begun.state[None], states])
         return Path(states, noise, [jnp.concatenate([r[None], v]) for r, v in zip(begun.riders, riders, strict=True)])
+
+
+def _until(move: Callable, horizon: Array, first: Array) -> Callable:
+    """A step that does nothing beyond a horizon: not run, so that its overflow cannot reach a derivative."""
+
+    def until(carry: tuple, item: tuple) -> tuple[tuple, Array]:
+        kept = jax.eval_shape(move, carry, item)[1]
+        return jax.lax.cond(item[1] - first < horizon, move, lambda c, _: (c, jnp.zeros_like(kept)), carry, item)
+
+    return until
 
 
 def misfit(observed: Observed) -> tuple[Array, Array]:
@@ -148,12 +163,39 @@ def _scan(move: Callable, start: Any, items: tuple) -> tuple[Any, Array]:
     rows = int(length**0.5)
     full = length - length % rows
     inner = jax.checkpoint(lambda carry, item: jax.lax.scan(move, carry, item))
-    carry, out = jax.lax.scan(inner, start, jax.tree.map(lambda v: v[:full].reshape(rows, -1, *v.shape[1:]), items))
+    carry, out = jax.lax.scan(inner, start, jax.tree.map(lambda v: v[:full].reshape(rows, full // rows, *v.shape[1:]), items))
     out = out.reshape(full, *out.shape[2:])
     if full == length:
         return carry, out
     carry, rest = jax.lax.scan(move, carry, jax.tree.map(lambda v: v[full:], items))
     return carry, jnp.concatenate([out, rest])
+
+
+def minimise(stretch: Stretch, iterations: int, solver_steps: int) -> Minimum:
+    """The mode; a long stretch is taken up bit by bit, each part from the minimum of the one before.
+
+    Where errors grow, J over many steps has minima that J over few has not; data of a horizon that doubles keep the
+    start near the right one. A horizon whose minimum took a single step, as in a linear model, grows eightfold.
+
+    Source: Pires, Vautard and Talagrand 1996, "On extending the limits of variational assimilation in nonlinear chaotic
+    systems", Tellus A 48, doi:10.3402/tellusa.v48i1.11634 (quasi-static variational assimilation).
+    """
+    length = stretch.times.shape[0]
+    options = {"iterations": iterations, "solver_steps": solver_steps}
+    nothing = jnp.zeros(stretch.dimension)
+    if length <= _SHORT:
+        return variational.gauss_newton(stretch.run, nothing, **options)
+
+    def grow(state: tuple) -> tuple:
+        before, horizon, took = state
+        horizon = jnp.minimum(horizon * jnp.where(took <= 2, 8, 2), length)
+        found = variational.gauss_newton(stretch._replace(horizon=horizon).run, before.z, **options)
+        iterations, solved = before.iterations + found.iterations, before.solver_steps + found.solver_steps
+        return found._replace(iterations=iterations, solver_steps=solved), horizon, found.iterations
+
+    zero, none = jnp.zeros(()), jnp.asarray(0)
+    first = Minimum(nothing, zero, zero, none, none, jnp.asarray(False))
+    return jax.lax.while_loop(lambda s: s[1] < length, grow, (first, jnp.asarray(1), none))[0]
 
 
 class Around(NamedTuple):

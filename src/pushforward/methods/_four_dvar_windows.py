@@ -22,6 +22,7 @@ from pushforward.methods._four_dvar import (
     first_stretch,
     laplace_draws,
     later_stretch,
+    minimise,
     randomised_draws,
     site_moments,
 )
@@ -139,12 +140,7 @@ def cycle(chain: Chain, plan: Plan, key: Key, draws: int, store: str) -> Cycled:
     moments = store == "moments"
 
     def solve(stretch: Stretch, j: Array | int, fresh: int) -> tuple:
-        found = variational.gauss_newton(
-            stretch.run,
-            jnp.zeros(stretch.dimension),
-            iterations=plan.iterations,
-            solver_steps=plan.solver_steps,
-        )
+        found = minimise(stretch, plan.iterations, plan.solver_steps)
         keys = jax.random.split(jax.random.fold_in(own, j), 2)
         at = around(stretch, found, keys[0], plan.solver_steps, columns=moments or plan.covariance == "flow")
         mode = stretch.path(found.z)

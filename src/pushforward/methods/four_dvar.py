@@ -103,9 +103,11 @@ class FourDVar(StateMethod):
     tangent and adjoint of the model's own step, so nothing needs an n x n matrix but the background of `Window`; memory
     is O(sqrt T). Draws are around the mode: exact for linear Gaussian models, where the result is Kalman's.
 
-    Use it for smooth models with many states and data that pin the trajectory. Not for posteriors with several modes:
-    where errors double within the window, J has many minima, and the one that is found depends on the start, the
-    prior's mean. Then use short windows, or an ensemble.
+    Use it for smooth models with many states and data that pin the trajectory. Not for posteriors with several modes.
+    Where errors grow, J over many steps has many minima: windows of more than 16 steps are taken up over horizons that
+    double, each from the minimum of the one before (quasi-static; Pires, Vautard and Talagrand 1996). That reaches as
+    far as errors grow by about 1 / sqrt(precision), a factor of some hundreds in float32; beyond, use `window=`, or
+    ``pf.Kalman("iterated")``, which has the same mode for small states.
 
     With `window=`, ``posterior`` holds each step as the last window that contains it left it, ``filtering`` as the
     window that assimilates its data; draws of different windows are independent of each other.
@@ -256,8 +258,8 @@ class FourDVar(StateMethod):
             what = "Gauss-Newton" if self.window is None else f"Gauss-Newton in {late:.0f} windows"
             notes.append(
                 f"{what} did not converge: the last step was up to {float(found['newton_decrement']):.2g} standard "
-                "deviations long. Give more iterations or solver_steps; if that does not help, J has narrow valleys: "
-                "use shorter windows."
+                "deviations long. Give more iterations or solver_steps; if that does not help, errors grow too much "
+                "within the window: use float64 (JAX_ENABLE_X64=1) or window=pf.Window(...)."
             )
         if of_draws:
             notes.append(
