@@ -11,12 +11,13 @@ export NO_MKDOCS_2_WARNING := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full check docs notebooks notebooks-full bench clean
+.PHONY: help install demo test test-broad test-full check docs notebooks notebooks-full bench clean
 
 help:
 	@echo "make install     create .venv with pushforward and the versions of constraints.txt"
 	@echo "make demo        Lotka-Volterra on real data: table, netCDF and plots under out/"
-	@echo "make test        all tests but the slow ones (at most 10 minutes on 2 cores)"
+	@echo "make test        one case or more of everything (at most 10 minutes on 2 cores)"
+	@echo "make test-broad  further cases, as continuous integration runs them"
 	@echo "make test-full   slow tests, notebooks at full size, figures into docs/benchmarks.md"
 	@echo "make check       ruff, formatting, pyright"
 	@echo "make docs        the documentation site, into site/"
@@ -37,7 +38,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/lynx_hare.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not broad"
+
+test-broad: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "broad and not slow"
 
 test-full: $(STAMP) notebooks-full
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

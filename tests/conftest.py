@@ -57,12 +57,13 @@ def series():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what `thorough.txt` lists: variants of tests whose first kind is in the fast suite."""
-    listed = (config.rootpath / "tests" / "thorough.txt").read_text().splitlines()
-    listed = tuple(line for line in listed if line and not line.startswith("#"))
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(listed):
-            item.add_marker(pytest.mark.slow)
+    """Marks as slow what `thorough.txt` lists, as broad what `broad.txt` does: others like them are in the suite."""
+    for mark, name in (("slow", "thorough.txt"), ("broad", "broad.txt")):
+        listed = (config.rootpath / "tests" / name).read_text().splitlines()
+        listed = tuple(line for line in listed if line and not line.startswith("#"))
+        for item in items:
+            if item.nodeid.removeprefix("tests/").startswith(listed):
+                item.add_marker(getattr(pytest.mark, mark))
 
 
 def pytest_runtest_teardown():

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,10 +21,11 @@ import pushforward as pf
 from pushforward._errors import ArgumentError, CheckpointError, InferenceError, MethodError, ModelError, Outcome
 from pushforward._runner import Runner
 from pushforward.learn import _read
+from pushforward.learned import _likelihood_training as training
 from pushforward.learned.unknowns import Marginal
 from pushforward.math.expectation_maximisation import quadratic_points
 from pushforward.methods._expectation import Moments, SmoothingDraws
-from pushforward.model._param_sites import param_sites
+from pushforward.model._param_sites import is_network, param_sites
 
 POSITIVE = dist.constraints.positive
 
@@ -279,6 +282,45 @@ def test_a_network_in_the_step_is_learned():
     assert found.log_likelihood[-1] > found.log_likelihood[0] + 50
 
 
+def test_networks_of_several_layers_have_no_standard_errors():
+    """They take as long to compile as the training, and the weights' curvature is never that of a maximum."""
+    found = with_network()
+    assert found.standard_errors == {}
+    assert found.outcome == Outcome.SUCCESS
+    assert found.attributes["warnings"][0].startswith("there are no standard errors: ['net'] are networks")
+    key = jax.random.key(0)
+    linear, deep = eqx.nn.Linear(2, 1, key=key), eqx.nn.MLP(1, 1, 2, 1, key=key)
+    arrays = {"a": jnp.ones(2), "b": {"c": jnp.ones(2)}}
+    for value in (deep, {"net": deep}, [linear, linear], eqx.nn.Sequential([linear, linear])):
+        assert is_network(value)
+    for value in (1.0, jnp.ones(3), arrays, linear, {"a": linear}, eqx.nn.MLP(1, 1, 2, 0, key=key)):
+        assert not is_network(value)
+
+
+def affine(y):
+    """An autoregression whose step is a module of one layer."""
+    layer = numpyro.param("layer", lambda key: eqx.nn.Linear(1, 1, key=jax.random.key(0)))
+    mean = numpyro.sample("mean", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+
+    def step(x, y):
+        x = numpyro.sample("x", dist.Normal(layer(x[None])[0], 0.4))
+        numpyro.sample("y", dist.Normal(x + mean[0], 0.5), obs=y)
+        return x, None
+
+    scan(step, numpyro.sample("x0", dist.Normal(mean[1], 1.0)), y)
+
+
+@pytest.mark.slow
+def test_standard_errors_are_pytrees_like_their_parameters():
+    found = pf.learn(affine, y=data(60), states=pf.Kalman(), method=pf.MAP(steps=60), progress=False)
+    layer = found.standard_errors["layer"]
+    assert isinstance(layer, eqx.nn.Linear)
+    assert (layer.weight.shape, layer.bias.shape, found.standard_errors["mean"].shape) == ((1, 1), (1,), (2,))
+    # x0 is nearly as uncertain as its prior, so that its mean is, too; the slope is that of 60 data, about 0.1.
+    assert 0.7 < found.standard_errors["mean"][1] < 1.0
+    assert 0.03 < layer.weight[0, 0] < 0.3
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 
@@ -289,7 +331,7 @@ def closure(hidden=3, name="net", slope=0.5):
         layers: list
         half: jax.Array
         count: jax.Array
-        bend: object
+        bend: Callable
 
         def __call__(self, x):
             return self.half.astype(x.dtype) * self.layers[1](self.bend(self.layers[0](x)))
@@ -316,8 +358,11 @@ def closure(hidden=3, name="net", slope=0.5):
 
 @functools.cache
 def with_network():
+    """Learned where working out curvature is an error."""
     options = {"states": pf.Kalman("extended"), "method": pf.Likelihood(steps=2, optimizer="adam"), "progress": False}
-    return pf.learn(closure(), y=data(20), names=("a", "b"), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "curvature", None)
+        return pf.learn(closure(), y=data(20), names=("a", "b"), **options)
 
 
 def same(a, b):
@@ -358,8 +403,14 @@ def test_networks_are_made_anew_by_the_model(tmp_path):
     options = {"method": pf.Kalman("extended", store="last"), "y": data(20), "progress": False}
     trees = [pf.infer(f.model, **options) for f in (found, back)]
     assert trees[0].attrs["log_evidence"] == trees[1].attrs["log_evidence"]
-    pf.save(path, back)
-    assert same(pf.load(path, model=closure()).estimates, found.estimates)
+    # Standard errors have the layout of the floating arrays of their sites.
+    errors = jax.tree.map(lambda v: np.asarray(v, float)[()] / 3, eqx.filter(back.estimates, eqx.is_inexact_array))
+    pf.save(path, dataclasses.replace(back, standard_errors=errors))
+    again = pf.load(path, model=closure())
+    assert same(again.estimates, found.estimates)
+    assert all(map(np.array_equal, *(jax.tree.leaves(e["net"].layers) for e in (again.standard_errors, errors))))
+    assert again.standard_errors["net"].count is again.standard_errors["net"].bend is None
+    assert type(again.standard_errors["sd"]) is type(errors["sd"]) is np.float64
 
 
 def test_files_of_other_models_are_refused(tmp_path):
@@ -382,7 +433,7 @@ def test_files_of_other_models_are_refused(tmp_path):
 
 
 def test_save_says_what_it_cannot_write(tmp_path):
-    found = with_network()
+    found: Any = with_network()
     args, kwargs = found.origin.call
     odd = dataclasses.replace(found.origin, call=(args, kwargs | {"names": object()}))
     with pytest.raises(ArgumentError, match=r"no arrays must be numbers.*type object. .*functools.partial\(model"):
@@ -393,7 +444,7 @@ def test_save_says_what_it_cannot_write(tmp_path):
         pf.save(tmp_path / "learned.pf", dataclasses.replace(found, origin=odd))
     with pytest.raises(ArgumentError, match="made by hand"):
         pf.save(tmp_path / "learned.pf", dataclasses.replace(found, origin=None))
-    with pytest.raises(ArgumentError, match=r"of what pf.learn returns all together, not its parts"):
+    with pytest.raises(ArgumentError, match=r"of what pf.learn returns the whole, not its parts"):
         pf.save(tmp_path / "learned.pf", found.model)
     assert not (tmp_path / "learned.pf").exists()
 

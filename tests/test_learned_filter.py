@@ -7,10 +7,13 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import scipy.linalg
+import scipy.stats
 from numpyro.contrib.control_flow import scan
 
 import pushforward as pf
 from pushforward._errors import DataError, MethodError
+from pushforward._runner import Runner
 from pushforward.methods import _learned_filter
 from pushforward.model.inverse import read_problem
 from pushforward.model.state_space import read_state_space
@@ -50,6 +53,74 @@ def test_the_objective_is_the_log_likelihood_per_datum(float64):
     assert found.failed_at == -1
 
 
+TURN = np.linalg.qr(np.random.default_rng(4).normal(size=(8, 8)))[0]
+
+
+def turning(y):
+    """Eight numbers that a fixed matrix turns, without noise: all that is random is the first ensemble."""
+
+    def step(x, y):
+        x = numpyro.deterministic("x", 1.1 * TURN @ x)
+        numpyro.sample("y", dist.Normal(x, 0.7).to_event(1), obs=y)
+        return x, None
+
+    scan(step, numpyro.sample("x0", dist.Normal(jnp.zeros(8), 1.0).to_event(1)), y)
+
+
+def gaspari_cohn(r):
+    """The two pieces as Gaspari and Cohn (1999, eq. 4.10) print them."""
+    near = -(r**5) / 4 + r**4 / 2 + 5 * r**3 / 8 - 5 * r**2 / 3 + 1
+    safe = np.maximum(r, 1.0)
+    far = safe**5 / 12 - safe**4 / 2 + 5 * safe**3 / 8 + 5 * safe**2 / 3 - 5 * safe + 4 - 2 / (3 * safe)
+    return np.where(r < 1, near, np.where(r < 2, far, 0.0))
+
+
+def local_filter(members, y, factor, radius, skip):
+    """Mean log likelihood per datum of an LETKF on a ring with inflated analyses, by covariances and loops."""
+    size, total, count = len(members), 0.0, 0
+    for t, row in enumerate(y):
+        members = 1.1 * members @ TURN.T
+        mean, kept = members.mean(0), ~np.isnan(row)
+        anomalies, innovation = members - mean, (row - mean)[kept]
+        if t >= skip and kept.any():
+            cov = np.atleast_2d(np.cov(members[:, kept].T)) + 0.7**2 * np.eye(kept.sum())
+            total += scipy.stats.multivariate_normal.logpdf(innovation, np.zeros(kept.sum()), cov)
+            count += kept.sum()
+        analysis = np.empty_like(members)
+        for i in range(8):
+            apart = np.abs(i - np.arange(8))[kept]
+            precision = gaspari_cohn(np.minimum(apart, 8 - apart) / (1.82 * radius)) / 0.7**2
+            seen = anomalies[:, kept]
+            inner = np.linalg.inv((size - 1) * np.eye(size) + seen * precision @ seen.T)
+            weights = scipy.linalg.sqrtm((size - 1) * inner).real
+            shift = inner @ (seen * precision) @ innovation
+            analysis[:, i] = mean[i] + shift @ anomalies[:, i] + factor * (weights @ anomalies[:, i])
+        members = analysis
+    return total / count
+
+
+@pytest.mark.parametrize(("factor", "radius"), [(1.05, 1.2), (1.05, 3.0), (1.4, 1.2)])
+def test_the_objective_is_that_of_a_filter_written_out(factor, radius, float64):
+    """At other values than the method's, so that both numbers are in it; it is what the search raises."""
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=8), []
+    for _ in range(9):
+        x = 1.1 * TURN @ x
+        y.append(x + 0.7 * rng.normal(size=8))
+    y = np.array(y)
+    y[2, 3] = y[5] = np.nan
+    method = pf.EnKF(6, pf.LETKF(2.0), inflation=pf.Multiplicative(1.2))
+    space = read_state_space(read_problem(turning, (), {"y": y}))
+    point = jnp.log(jnp.array([factor - 1, radius]))
+    given = (method, ("inflation", "radius"), space, jax.random.key(1), 2, 3)
+    found = Runner().call(_learned_filter._mean_score, point, *given)
+    starts = [method.filter.start(space.chain(), jax.random.split(k)[0])[0] for k in jax.random.split(given[3], 2)]
+    expected = [local_filter(np.asarray(s.members), y, factor, radius, 3) for s in starts]
+    assert abs(expected[0] - expected[1]) > 1e-5
+    np.testing.assert_allclose(found.value, np.mean(expected), rtol=1e-9)
+    assert found.failed_at == -1
+
+
 def test_learned_values_become_options(tmp_path):
     """They are better than those before in the objective of the training, and they are all that changes."""
     y = data()
@@ -60,14 +131,56 @@ def test_learned_values_become_options(tmp_path):
     assert restored == METHOD
 
     def value(method):
-        key = jax.random.split(jax.random.key(0), 1)[0]
-        return float(_learned_filter.score(space_of(y), method.filter, key, 5).value)
+        point = jnp.log(jnp.array([method.inflation.factor - 1, method.analysis.radius]))
+        given = (METHOD, ("inflation", "radius"), space_of(y), jax.random.key(0), 1, 5)
+        return float(Runner().call(_learned_filter._mean_score, point, *given).value)
 
     assert value(learned) > value(METHOD) + 0.002
     pf.save(tmp_path / "filter.pf", learned)
     assert pf.load(tmp_path / "filter.pf") == learned
     tree = pf.infer(ring, method=learned, y=y, progress=False)
     assert tree["filtering"]["x"].shape == (1, 8, 60, 8)
+
+
+@pytest.mark.parametrize("inflation", [pf.Multiplicative(1.3), pf.Additive(0.3), pf.RTPS(0.9), pf.RTPP(0.2)])
+def test_the_search_starts_at_the_method(inflation):
+    """Each number is found again from its unbounded coordinate, and a larger coordinate is a larger number."""
+    method = pf.EnKF(8, pf.LETKF(3.0), inflation=inflation)
+    parts = _learned_filter.options(method, ("inflation", "radius"))
+    start = [part.outward(part.where(method)) for part in parts]
+    for move in (-0.5, 0.0, 0.5):
+        moved = _learned_filter.with_values(method, parts, [u + move for u in start])
+        for part in parts:
+            before, after = part.where(method), part.where(moved)
+            assert after == pytest.approx(before, rel=1e-6) if move == 0 else (after - before) * move > 0.01
+
+
+def scored(value):
+    """A score without differences between its blocks."""
+    blocks = _learned_filter._BLOCKS
+    return _learned_filter._Score(jnp.full(blocks, value / blocks), jnp.asarray(-1))
+
+
+def tried(points, values):
+    """Trials at points with the scores given, all of whose blocks are alike."""
+    blocks = _learned_filter._BLOCKS
+    trials = _learned_filter._Trials(np.full((1 + blocks, len(points)), np.nan))
+    trials.points = [np.array(p) for p in points]
+    trials.found[0], trials.found[1:] = -1, np.array(values) / blocks
+    return trials
+
+
+def test_the_search_climbs(monkeypatch):
+    """On a parabola, in the logarithms of factor - 1 and radius, it comes within its tolerance of the top."""
+    top = np.log([1.4 - 1, 6.0])
+
+    def parabola(self, fn, point, *given):
+        return scored(-0.03 * float(jnp.sum((point - top) ** 2)))
+
+    monkeypatch.setattr(_learned_filter.Runner, "call", parabola)
+    learned = METHOD.fit(ring, y=data(9), training=pf.FilterTraining(steps=60), progress=False)
+    found = np.log([learned.inflation.factor - 1, learned.analysis.radius])
+    assert np.abs(found - top).max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -118,25 +231,37 @@ def test_a_search_resumes_where_it_stopped(tmp_path):
 def test_divergence_is_reported_with_the_best_other_values_kept():
     """A run that failed is named with its time step; a step that grows without bound fails before training."""
     y = data(12)
-    found = np.full((2, 6), np.nan)
-    trials = _learned_filter._Trials(found)
-    trials.points = [np.array([float(i), 0.0]) for i in range(3)]
-    found[:, :3] = [[-1.5, -np.inf, -1.4], [-1, 17, -1]]
+    trials = tried([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]], [-1.5, -np.inf, -1.4])
+    trials.found[0, 1] = 17
     with pytest.warns(
         UserWarning, match="in 1 of 3 runs .* last in run 1 at time step 17; the best values of the other"
     ):
         _learned_filter._warn(trials)
-    np.testing.assert_array_equal(trials.best(), [2.0, 0.0])
+    np.testing.assert_array_equal(trials.best(("inflation", "radius")), [2.0, 0.0])
     with pytest.raises(MethodError, match=r"before training diverged at time step \d+. Start from more members"):
         METHOD.fit(ring, y=y, growth=1e30, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("learn", "sign"), [(("inflation", "radius"), 1), (("radius", "inflation"), 1), (("radius",), -1)]
+)
+def test_of_what_is_as_good_the_safest_is_taken(learn, sign):
+    """One standard error of the paired difference by blocks; neither the best nor what is clearly worse is taken."""
+    column = learn.index("inflation") if "inflation" in learn else 0
+    points = np.zeros((4, len(learn)))
+    points[:, column] = sign * np.array([0.0, 1.0, 2.0, 3.0])
+    wave = 0.001 * np.tile([1.0, -1.0], _learned_filter._BLOCKS // 2)
+    trials = tried(points, [-1.0, -1.004, -1.004, -1.006])
+    # The standard error of a difference is 0.0046 where blocks differ, 0 where they do not.
+    trials.found[1:, [1, 3]] += wave[:, None]
+    np.testing.assert_array_equal(trials.best(learn), points[1])
+
+
 def test_the_best_run_has_good_neighbours():
     """A lucky run amid bad ones loses to a steady group; a run that lost the truth counts for no more than others."""
-    trials = _learned_filter._Trials(np.full((2, 7), np.nan))
-    trials.points = [np.array([v]) for v in (0.0, 0.02, -0.02, 1.0, 1.02, 0.98, 1.1)]
-    trials.found[0] = [-1.400, -1.409, -1.409, -1.402, -1.402, -1.403, -9.0]
-    assert trials.best()[0] != 0.0
+    points = [[v] for v in (0.0, 0.02, -0.02, 1.0, 1.02, 0.98, 1.1)]
+    trials = tried(points, [-1.400, -1.409, -1.409, -1.402, -1.402, -1.403, -9.0])
+    assert trials.best(("inflation",))[0] != 0.0
 
 
 def test_refusals():

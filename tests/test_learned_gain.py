@@ -1,5 +1,7 @@
 """Learned gains of `ThreeDVar`: the objective against exact likelihoods, the learned against Riccati's, failures."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from pushforward._runner import Runner
 from pushforward.learned import quasi_newton
 from pushforward.math import learned_gain
 from pushforward.math import three_dvar as equations
+from pushforward.methods import _gain_fit
+from pushforward.methods._base import Draws
 from pushforward.methods._gains import Units
 from pushforward.problems import lorenz96
 
@@ -128,7 +132,6 @@ def test_missing_data_drop_out_of_the_objective(float64):
 @pytest.fixture(scope="module")
 def errors():
     """Root mean square distance of learned gains from Riccati's, by number of steps (24 series each)."""
-    from pushforward.methods import _gain_fit
     from pushforward.methods._gains import FullGain
     from pushforward.model.inverse import read_problem
     from pushforward.model.state_space import read_state_space
@@ -220,6 +223,54 @@ def test_structures_learn(name, float64, tmp_path):
         infer(ring, trained, y=np.zeros((60, 9)), size=9)
 
 
+def test_an_untrained_gain_is_learned_first(float64):
+    """`infer` does what `fit` and `infer` do, once, and says what it cost."""
+    model, y = functools.partial(linear, start=steady()[1]), simulated(60, 5)
+    method = pf.ThreeDVar(gain="full", training=pf.GainTraining(steps=9, tolerance=1e-3))
+    trained = method.fit(model, y=y, progress=False)
+    expected, found = infer(model, trained, y=y), infer(model, method, y=y)
+    np.testing.assert_array_equal(found["filtering"]["x"], expected["filtering"]["x"])
+    said, before = pf.attributes(found), pf.attributes(expected)
+    losses = np.asarray(trained.trained.losses)
+    runs = np.isfinite(losses).sum()
+    assert 1 < runs < 9, "it ended early, and counts what it ran"
+    assert said["training_runs"] == runs
+    assert said["training_diverged"] == 0
+    assert said["loss"] == losses[: int(runs)].min()
+    assert said["gradient_evaluations"] == 60 * runs
+    assert said["evaluations"] == before["evaluations"] + 60 * runs
+    assert [n for n in said["notes"] if "trained on these data first" in n]
+    assert "loss" not in before
+    assert not [n for n in before["notes"] if "trained" in n]
+    assert said["compile_seconds"] == 0, "programs of the fit serve again"
+
+
+def test_what_cannot_train_an_untrained_gain_says_so(float64):
+    """Its gain belongs to known parameters and a whole series."""
+
+    def free(y):
+        rho = numpyro.sample("rho", dist.Normal(0.0, 1.0))
+
+        def step(x, y):
+            x = numpyro.sample("x", dist.Normal(rho * x, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+            return x, None
+
+        scan(step, numpyro.sample("x0", dist.Normal(0.0, 1.0)), y)
+
+    def unknown(y):
+        numpyro.handlers.substitute(free, data={"rho": numpyro.param("a", 0.5)})(y)
+
+    known, method = numpyro.handlers.substitute(free, data={"rho": 0.5}), pf.ThreeDVar(gain="full")
+    text = "its gain is not trained; write method.fit.*at known parameters"
+    with pytest.raises(MethodError, match=text):
+        infer(free, pf.NUTS(), states=method, y=np.zeros(4))
+    with pytest.raises(MethodError, match=text):
+        pf.learn(unknown, states=method, y=np.zeros(4), progress=False)
+    with pytest.raises(MethodError, match=text):
+        pf.online(known, method=method).step(0.0)
+
+
 def test_shapes_of_the_structures(float64):
     n, m = 6, 3
     rows = jnp.eye(n)[::2]
@@ -285,6 +336,14 @@ def test_online_training_keeps_the_last_good_gain(float64):
     assert np.isfinite(found.weights).all()
     assert np.isfinite(found.losses[:step]).all()
     assert np.isnan(found.losses[step:]).all()
+    # Where `infer` trains, its warning and its error say the same.
+    numbers = {n: np.asarray(float(v)) for n, v in _gain_fit.numbers(found, method.training).items()}
+    assert numbers["training_runs"] == 1
+    assert numbers["loss"] == pytest.approx(np.mean(np.asarray(found.losses)[:step]))
+    draws = Draws({}, {}, numbers, np.asarray(0), jnp.zeros(()), jnp.zeros(()))
+    assert f"diverged at time step {step} of the on-line" in method.warnings(draws)[0]
+    assert f"The filter diverged at time step {step} of the on-line" in method.failure(draws)
+    assert pf.ThreeDVar().failure(Draws({}, {}, {}, np.asarray(3), jnp.zeros(()), jnp.zeros(()))).startswith("3DVar's")
 
 
 def test_what_fit_refuses(float64):

@@ -286,7 +286,6 @@ def observed_first(y):
     [
         (walk, pf.ThreeDVar(np.eye(2)), r"covariance= has shape \(2, 2\), and the state has 1 entries"),
         (walk, pf.ThreeDVar(gain=np.eye(2)), r"gain has shape \(2, 2\), and 1 entries of the state with 1 data"),
-        (walk, pf.ThreeDVar(gain="full"), "its gain is not trained; write method.fit"),
         (observed_first, pf.ThreeDVar(), "the data 'y' of a step depend on more than the state that the step leads to"),
     ],
 )

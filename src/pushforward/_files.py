@@ -130,7 +130,7 @@ def save(path: str | os.PathLike, method: "eqx.Module | Stored") -> None:
     if not isinstance(method, eqx.Module) or not _is_ours(type(method)):
         raise ArgumentError(
             f"pf.save writes methods and streams of pushforward; got {type(method).__name__}. "
-            "Of distributions it writes a FlowPrior, and of what pf.learn returns all together, not its parts; a result "
+            "Of distributions it writes a FlowPrior, and of what pf.learn returns the whole, not its parts; a result "
             "is written with tree.to_netcdf('result.nc')."
         )
     _write(Path(path), {"kind": "method", "value": _encode(method, arrays)}, arrays)
@@ -146,7 +146,7 @@ def load(path: str | os.PathLike, *, model: Any = None) -> Any:
 
     Raises:
         ArgumentError: a stream, or what was learned, without its model, or anything else with one.
-        CheckpointError: the file is missing, damaged, or holds something else; a stream, or estimates, of another model.
+        CheckpointError: the file is missing, damaged, or holds something else, or belongs to another model.
     """
     header, arrays = _read(Path(path))
     if header.get("kind") not in ("method", "stored"):

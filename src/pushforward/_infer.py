@@ -290,7 +290,7 @@ def _state_groups(
     """Run a state method, alone or under a method for the parameters, and make the groups of the result."""
     if isinstance(method, StateMethod):
         space = _states.check_alone(method, problem)
-        found, parts = _states.run_alone(method, space, key, draws, runner)
+        found, parts = _states.run_alone(method, space, key, draws, runner, notes)
     elif isinstance(method, OverStates):
         assert states is not None
         found, parts = method.run_with_states(_states.check_given(states, method, problem), states, key, draws, runner)

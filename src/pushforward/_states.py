@@ -136,9 +136,12 @@ def marginal_problem(space: StateSpace, states: StateMethod, key: Key) -> Invers
 
 
 def run_alone(
-    method: StateMethod, space: StateSpace, key: Key, draws: int, runner: Runner
+    method: StateMethod, space: StateSpace, key: Key, draws: int, runner: Runner, notes: list[str]
 ) -> tuple[Draws, dict[str, Any]]:
-    """Run a state method by itself: its result and its groups, chain first."""
+    """Run a state method by itself, trained first where it needs that: its result and its groups, chain first."""
+    method, training, trained = method.trained_on(space, runner)
+    if training:
+        notes.append("it was trained on these data first; method.fit(model, ...) trains once, for data to come.")
     found = runner.call(_alone, method, space, key, draws)
     groups: dict[str, Any] = {
         name: one_chain(getattr(found, name)) for name in ("posterior", "log_prior", "log_likelihood")
@@ -149,14 +152,14 @@ def run_alone(
     groups["filter_stats"] = found.stats
     if found.log_prior or found.log_likelihood:
         groups["sample_stats"] = one_chain({"lp": _total(found.log_prior) + _total(found.log_likelihood)})
-    summary = {"log_evidence": found.log_evidence} | found.summary
+    summary = {"log_evidence": found.log_evidence} | found.summary | training
     result = Draws(
         positions=groups["posterior"],
         stats={},
         summary=summary,
         outcome=np.asarray(int(_outcome(found))),
-        evaluations=count(space.steps * method.members_of(draws)),
-        gradient_evaluations=count(0),
+        evaluations=count(space.steps * (method.members_of(draws) + trained)),
+        gradient_evaluations=count(space.steps * trained),
     )
     return result, {name: part for name, part in groups.items() if part}
 

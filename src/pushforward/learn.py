@@ -262,6 +262,13 @@ def _judge(
         return known, {}, Outcome.NONFINITE_START if broken == 0 else Outcome.NONFINITE
     if flat.size > _FEW or isinstance(method, Increments) or not states.differentiable:
         return known, {}, Outcome.SUCCESS
+    networks = [n for n, v in sites.values.items() if _param_sites.is_network(v)]
+    if networks:
+        notes.append(
+            f"there are no standard errors: {networks} are networks of several layers, whose weights data do not tell "
+            "apart, and those of other unknowns at fixed weights would be too small."
+        )
+        return known, {}, Outcome.SUCCESS
     objective: Objective = _marginal(method, states, unknowns, jax.random.fold_in(key, 2))
     slope, information = (np.asarray(v, float) for v in runner.call(training.curvature, objective, flat))
     try:
@@ -269,7 +276,7 @@ def _judge(
     except np.linalg.LinAlgError:
         notes.append(
             "the log likelihood is not curved downwards at the estimates in every direction, so there are no standard "
-            "errors. Unknowns that the data do not tell apart do this (weights of a network), and too few steps."
+            "errors. Unknowns that the data do not tell apart do this, and too few steps."
         )
         return known, {}, Outcome.NOT_POSITIVE_DEFINITE
     left = 0.5 * float(np.sum(np.linalg.solve(root, slope) ** 2))

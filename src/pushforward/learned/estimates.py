@@ -62,12 +62,13 @@ class Learned(_files.Stored):
     Attributes:
         estimates: values by site, latent parameters and `numpyro.param` sites (pytrees) alike.
         standard_errors: by site, from the observed information by the delta method; empty where there are more than 50
-            unknown numbers, where the curvature is not that of a maximum, and for `pf.Increments`.
+            unknown numbers or a network of several layers (Equinox), whose weights are not told apart, where the
+            curvature is not that of a maximum, and for `pf.Increments`.
         model: the user's model with its unknowns at the estimates, which `pf.infer(model, method=...)` takes.
         log_likelihood: by step, log p(data given unknowns) as the state method sees it; with `pf.MAP` the log prior is
             added.
-        outcome: how the run ended; NOT_POSITIVE_DEFINITE where there is no maximum in every direction, as with networks
-            whose weights the data do not tell apart.
+        outcome: how the run ended; NOT_POSITIVE_DEFINITE where the curvature was worked out for standard errors and
+            there is no maximum in every direction.
         attributes: method, states, steps, seconds, `failed_step` (None while all went well) and warnings.
     """
 
@@ -164,8 +165,8 @@ def _encoded_call(call: tuple[tuple, dict[str, Any]]) -> Any:
     if not same or arrays:
         raise ArgumentError(
             "what pf.learn found is saved with the arguments of the model, by which networks are made anew. Those that "
-            f"are no arrays must be numbers, text, or plain lists, tuples and dicts.{problem} Bind others to the model, "
-            "functools.partial(model, name=...), and learn with that."
+            f"are no arrays must be numbers, text, or plain lists, tuples and dicts.{problem} Bind others to the "
+            "model, functools.partial(model, name=...), and learn with that."
         )
     return encoded
 

@@ -163,7 +163,8 @@ def _scan(move: Callable, start: Any, items: tuple) -> tuple[Any, Array]:
     rows = int(length**0.5)
     full = length - length % rows
     inner = jax.checkpoint(lambda carry, item: jax.lax.scan(move, carry, item))
-    carry, out = jax.lax.scan(inner, start, jax.tree.map(lambda v: v[:full].reshape(rows, full // rows, *v.shape[1:]), items))
+    cut = jax.tree.map(lambda v: v[:full].reshape(rows, full // rows, *v.shape[1:]), items)
+    carry, out = jax.lax.scan(inner, start, cut)
     out = out.reshape(full, *out.shape[2:])
     if full == length:
         return carry, out

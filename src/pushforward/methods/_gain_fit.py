@@ -98,24 +98,40 @@ def fit(gain: Gain, options: GainTraining, space: StateSpace, runner: Runner, ar
     return TrainedGain(search.point, units, search.values, jnp.stack([search.failed, search.failed_at]), arguments)
 
 
-def report(found: TrainedGain, options: GainTraining) -> None:
-    """Warn of a training that a diverging filter, or its last step, ended."""
-    number, step = (int(v) for v in np.asarray(found.diverged))
-    losses = np.asarray(found.losses)
-    if options.mode == "online" and number:
-        warnings.warn(
+def numbers(found: TrainedGain, options: GainTraining) -> dict[str, Any]:
+    """What a training says of itself.
+
+    ``loss``, the objective per datum, off-line the lowest, on-line the mean over the second half; ``training_runs``,
+    over the whole series; ``training_diverged`` and ``training_diverged_at``, see `TrainedGain.diverged`.
+    """
+    losses, (failed, step) = np.asarray(found.losses, float), np.asarray(found.diverged)
+    if options.mode == "online":
+        loss, runs = np.nanmean(losses[len(losses) // 2 if not failed else 0 :]), 1
+    else:
+        loss, runs = np.nanmin(losses), np.sum(np.isfinite(losses)) + failed
+    return {"loss": loss, "training_runs": runs, "training_diverged": failed, "training_diverged_at": step}
+
+
+def caution(options: GainTraining, failed: int, step: int) -> str | None:
+    """What to say of a training that a diverging filter ended or disturbed."""
+    if options.mode == "online" and failed:
+        return (
             f"the filter diverged at time step {step} of the on-line training, and the last good gain is kept. Give "
-            f"GainTraining(learning_rate=...) below {options.learning_rate}.",
-            UserWarning,
-            stacklevel=3,
+            f"GainTraining(learning_rate=...) below {options.learning_rate}."
         )
-    elif options.mode == "offline" and number > len(losses) // 2:
-        warnings.warn(
-            f"in {number} of {len(losses)} trials of the training the filter diverged, last at time step {step}; the "
-            "last good gain is kept. Look at the data and the step of the model there, or use float64.",
-            UserWarning,
-            stacklevel=3,
+    if options.mode == "offline" and failed > options.steps // 2:
+        return (
+            f"in {failed} of {options.steps} trials of the training the filter diverged, last at time step {step}; the "
+            "last good gain is kept. Look at the data and the step of the model there, or use float64."
         )
+    return None
+
+
+def report(found: TrainedGain, options: GainTraining) -> None:
+    """Warn of a training that a diverging filter ended or disturbed."""
+    text = caution(options, *(int(v) for v in np.asarray(found.diverged)))
+    if text:
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _diverged_before(step: int) -> str:

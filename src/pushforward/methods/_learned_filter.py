@@ -36,6 +36,8 @@ _NEAR = 0.1
 """Width, in logarithms, of the averages over neighbours by which the best run is chosen."""
 _FALL = 0.01
 """Loss of log likelihood per datum that counts at most in them."""
+_BLOCKS = 20
+"""Stretches of the series whose scores tell how sure a difference is."""
 
 
 class FilterTraining(eqx.Module):
@@ -49,7 +51,9 @@ class FilterTraining(eqx.Module):
             likelihood of a hundred data.
 
     The likelihood has small waves, from the chaos of filter and model: the best run is the one whose neighbours in the
-    search did well too, not the luckiest.
+    search did well too, not the luckiest. Of the runs that are within one standard error of it, the one with the most
+    inflation is taken: a little too much costs little, too little loses the truth once in a thousand cycles, which a
+    series of training may not show (the one-standard-error rule of Breiman et al. 1984, section 3.4.3).
 
     Example:
         >>> import pushforward as pf
@@ -132,10 +136,18 @@ def with_values(method: "EnKF", parts: list[_Option], point: Any) -> "EnKF":
 
 
 class _Score(NamedTuple):
-    """Mean log likelihood per datum after the skipped steps, and the time step at which it was not finite, or -1."""
+    """Log likelihood per datum after the skipped steps, and the time step at which it was not finite, or -1.
 
-    value: Array
+    Of each of `_BLOCKS` stretches of time, as shares (blocks,) whose sum is the mean over all data.
+    """
+
+    shares: Array
     failed_at: Array
+
+    @property
+    def value(self) -> Array:
+        """The mean over all data."""
+        return jnp.sum(self.shares)
 
 
 def score(space: StateSpace, parts: Filter, key: Key, skip: int) -> _Score:
@@ -157,10 +169,11 @@ def score(space: StateSpace, parts: Filter, key: Key, skip: int) -> _Score:
 
     _, (found, count) = jax.lax.scan(move, start, jnp.arange(space.steps))
     bad = ~jnp.isfinite(found)
-    counted = jnp.arange(space.steps) >= min(skip, space.steps // 2)
-    value = jnp.sum(jnp.where(counted, found, 0.0)) / jnp.maximum(jnp.sum(jnp.where(counted, count, 0.0)), 1.0)
+    skip = min(skip, space.steps // 2)
+    block = jnp.arange(space.steps - skip) * _BLOCKS // (space.steps - skip)
+    sums = jax.ops.segment_sum(found[skip:], block, _BLOCKS)
     step = jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
-    return _Score(jnp.where(step < 0, value, -jnp.inf), step)
+    return _Score(jnp.where(step < 0, sums / jnp.maximum(jnp.sum(count[skip:]), 1.0), -jnp.inf), step)
 
 
 def _mean_score(
@@ -168,7 +181,7 @@ def _mean_score(
 ) -> _Score:
     parts = with_values(method, options(method, learn), list(point)).filter
     found = jax.lax.map(lambda k: score(space, parts, k, skip), jax.random.split(key, repeats))
-    return _Score(jnp.mean(found.value), jnp.max(found.failed_at))
+    return _Score(jnp.mean(found.shares, 0), jnp.max(found.failed_at))
 
 
 def fit(
@@ -185,7 +198,7 @@ def fit(
     from scipy import optimize
 
     parts = options(method, learn)
-    trials = _Trials(np.full((2, training.steps), np.nan))
+    trials = _Trials(np.full((1 + _BLOCKS, training.steps), np.nan))
     known, state = runner.resume(jnp.asarray(trials.found))
     trials.found[:] = np.asarray(state)
 
@@ -197,10 +210,10 @@ def fit(
         if number >= known:
             given = (method, learn, space, key, training.repeats, training.skip)
             found = runner.call(_mean_score, jnp.asarray(point), *given)
-            trials.found[:, number] = float(found.value), int(found.failed_at)
+            trials.found[:, number] = int(found.failed_at), *np.asarray(found.shares)
             runner.save(number + 1, jnp.asarray(trials.found))
         bar.update(1)
-        value, step = trials.found[:, number]
+        step, value = trials.found[0, number], trials.found[1:, number].sum()
         if number == 0 and step >= 0:
             raise MethodError(
                 f"the filter with the values before training diverged at time step {int(step)}. Start from more "
@@ -215,7 +228,7 @@ def fit(
     with progress_bar(runner.progress, "EnKF.fit", 0, training.steps) as bar:
         optimize.minimize(loss, start, method="Nelder-Mead", options=settings)
     _warn(trials)
-    return with_values(method, parts, [float(v) for v in trials.best()])
+    return with_values(method, parts, [float(v) for v in trials.best(learn)])
 
 
 def fit_model(
@@ -260,27 +273,37 @@ def fit_model(
 
 
 class _Trials:
-    """Points that were tried, and of each its log likelihood per datum and the time step at which the filter failed."""
+    """Points that were tried, and of each the time step at which the filter failed, and its score by blocks."""
 
     def __init__(self, found: np.ndarray):
         self.points: list[np.ndarray] = []
         self.found = found
 
-    def best(self) -> np.ndarray:
-        """The point with the highest mean over its neighbours, each weighted by how near it is; failures left out."""
+    def best(self, learn: tuple[str, ...]) -> np.ndarray:
+        """The safest of the points that are within one standard error of the best; failures are left out.
+
+        Scores are means over neighbours, each weighted by how near it is. The safest has the most inflation, or where
+        that is not learned the smallest radius.
+        """
         points = np.array(self.points)
-        values = self.found[0, : len(points)]
-        good = np.isfinite(values)
+        shares = self.found[1:, : len(points)].T
+        good = np.isfinite(shares.sum(1))
+        points, shares = points[good], shares[good]
         # One that lost the truth tells neighbours to keep away, however far it fell.
-        points, values = points[good], np.maximum(values[good], np.max(values[good]) - _FALL)
-        apart = np.sum((points[:, None] - points[None]) ** 2, -1)
-        weights = np.exp(-0.5 * apart / _NEAR**2)
-        return points[int(np.argmax(weights @ values / weights.sum(1)))]
+        fallen = np.maximum(np.max(shares.sum(1)) - _FALL - shares.sum(1), 0.0)
+        shares = shares + fallen[:, None] / _BLOCKS
+        weights = np.exp(-0.5 * np.sum((points[:, None] - points[None]) ** 2, -1) / _NEAR**2)
+        means = weights @ shares / weights.sum(1, keepdims=True)
+        behind = means[np.argmax(means.sum(1))] - means
+        error = np.std(behind, axis=1, ddof=1) * _BLOCKS**0.5
+        near = points[behind.sum(1) <= error]
+        safe = near[:, learn.index("inflation")] if "inflation" in learn else -near[:, 0]
+        return near[int(np.argmax(safe))]
 
 
 def _warn(trials: _Trials) -> None:
     """Tell of trials in which the filter diverged."""
-    steps = trials.found[1, : len(trials.points)]
+    steps = trials.found[0, : len(trials.points)]
     failed = np.flatnonzero(steps >= 0)
     if failed.size:
         warnings.warn(

@@ -1,7 +1,7 @@
 """What a state method is: it integrates the trajectory of a `StateSpace` out, and draws it."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 
@@ -97,6 +97,19 @@ class StateMethod(Method):
     def why_not_alone(self, problem: Any) -> str | None:
         """Why the method cannot give a result of its own, where it may serve under `states=`; or None."""
         return None
+
+    def trained_on(self, space: StateSpace, runner: Any) -> tuple[Self, dict[str, Any], int]:
+        """The method ready to run by itself; one that learns and is not trained learns from these data first.
+
+        Args:
+            space: the model with its data.
+            runner: compiles, times, shows progress and checkpoints.
+
+        Returns:
+            The method, numbers about the training for the result's attributes, and how often the training ran the
+            model over all steps, with gradients; nothing and 0 where there was none.
+        """
+        return self, {}, 0
 
     def members_of(self, draws: int) -> int:
         """How many times each step of the model is run."""

@@ -33,6 +33,8 @@ from pushforward.model.linear import why_no_gaussian_noise
 from pushforward.model.observing import observed_at, observes_alike, why_not_of_state
 from pushforward.model.state_space import Chain, StateSpace, read_state_space
 
+_UNTRAINED = "its gain is not trained; write method.fit(model, ...) first, with data and at known parameters"
+
 
 class ThreeDVar(StateMethod):
     """3DVar: each forecast is corrected with a covariance, or a gain, that does not depend on the flow (Lorenc 1986).
@@ -42,9 +44,9 @@ class ThreeDVar(StateMethod):
     data are steady. It has no posterior spread: `posterior` holds one trajectory, `filtering` its analyses with the
     standard deviations that B or the gain imply, and there is no smoothing.
 
-    `fit` learns a gain from observations alone: it minimises the sum over steps of KL(q, forecast) - E_q[log
-    likelihood] in closed form, q the Gaussian of the analysis. Under ``states=`` its `log_likelihood` is that of the
-    innovations, no marginal likelihood.
+    `fit` learns a gain from observations alone; untrained, `infer` learns it from its own data first. It minimises the
+    sum over steps of KL(q, forecast) - E_q[log likelihood] in closed form, q the Gaussian of the analysis. Under
+    ``states=`` its `log_likelihood` is that of the innovations, no marginal likelihood.
 
     Args:
         covariance: B: "climatology", an array (n, n) in the order of the carry's entries, or a function v -> B v for
@@ -225,12 +227,30 @@ class ThreeDVar(StateMethod):
         if isinstance(self.gain, FixedGain):
             found = self.gain.values.shape
         elif self.trained is None:
-            return "its gain is not trained; write method.fit(model, ...) with the model's arguments first"
+            # `trained_on` learns it from the data at hand, at known parameters.
+            return _UNTRAINED if space.parameters else None
         else:
             found = self.trained.units.spreading.shape
         if found == (n, m):
             return None
         return f"its gain has shape {found}, and {n} entries of the state with {m} data per step need {(n, m)}"
+
+    def trained_on(self, space: StateSpace, runner: Runner) -> tuple[Self, dict[str, Any], int]:
+        """See `StateMethod.trained_on`."""
+        if self.gain is None or not self._structured or self.trained is not None:
+            return self, {}, 0
+        found = _gain_fit.fit(self.gain, self.training, space, runner, {})
+        numbers = _gain_fit.numbers(found, self.training)
+        ready = eqx.tree_at(lambda m: m.trained, self, found, is_leaf=lambda v: v is None)
+        return ready, numbers, int(numbers["training_runs"])
+
+    def warnings(self, draws: Draws) -> list[str]:
+        """A filter that diverged while `infer` learned the gain."""
+        if "training_diverged" not in draws.summary:
+            return []
+        failed, step = (int(draws.summary[n]) for n in ("training_diverged", "training_diverged_at"))
+        text = _gain_fit.caution(self.training, failed, step)
+        return [text] if text else []
 
     def members_of(self, draws: int) -> int:
         """See `StateMethod.members_of`."""
@@ -241,6 +261,8 @@ class ThreeDVar(StateMethod):
         alike = observes_alike(StateSpace(chain.arrays, chain.structure))
         if self.gain is not None:
             H = _gain_filter.slopes(chain)[0] if alike else None
+            if self._structured and self.trained is None:
+                raise MethodError(f"ThreeDVar: {_UNTRAINED}.")
             if self.trained is None:
                 one = jnp.ones(())
                 return Learned(self.gain, jnp.zeros(0), Units(one, one, one, one), spread, H)
@@ -313,6 +335,9 @@ class ThreeDVar(StateMethod):
 
     def failure(self, draws: Draws) -> str | None:
         """See `Method.failure`."""
+        trained = self.warnings(draws)
+        if trained:
+            return trained[0][:1].upper() + trained[0][1:]
         return (
             "3DVar's estimate is not finite. Look at the step of the model for states that it cannot take; where "
             "covariance='climatology', free runs of the model must stay finite: give covariance= as an array else."

@@ -113,6 +113,14 @@ def is_trained(leaf: Any) -> bool:
     return eqx.is_inexact_array(leaf)
 
 
+def is_network(value: Any) -> bool:
+    """Whether a parameter has Equinox modules in which trained arrays belong to two layers or more."""
+    if not any(isinstance(v, eqx.Module) for v in jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, eqx.Module))):
+        return False
+    places = [path[:-1] for path, v in jax.tree_util.tree_leaves_with_path(value) if is_trained(v)]
+    return len({*places}) > 1
+
+
 def lifted(model: Model) -> Callable[..., Any]:
     """The model as a function `(params, args, kwargs)` of unconstrained values of its `numpyro.param` sites."""
 
