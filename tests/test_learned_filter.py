@@ -243,13 +243,17 @@ def test_divergence_is_reported_with_the_best_other_values_kept():
 
 
 @pytest.mark.parametrize(
-    ("learn", "sign"), [(("inflation", "radius"), 1), (("radius", "inflation"), 1), (("radius",), -1)]
+    ("learn", "direction"),
+    [
+        (("inflation", "radius"), [1.0, 0.0]),
+        (("inflation", "radius"), [0.0, -1.0]),
+        (("radius", "inflation"), [1.0, 2.0]),
+        (("radius",), [-1.0]),
+    ],
 )
-def test_of_what_is_as_good_the_safest_is_taken(learn, sign):
+def test_of_what_is_as_good_the_safest_is_taken(learn, direction):
     """One standard error of the paired difference by blocks; neither the best nor what is clearly worse is taken."""
-    column = learn.index("inflation") if "inflation" in learn else 0
-    points = np.zeros((4, len(learn)))
-    points[:, column] = sign * np.array([0.0, 1.0, 2.0, 3.0])
+    points = np.arange(4.0)[:, None] * np.array(direction)
     wave = 0.001 * np.tile([1.0, -1.0], _learned_filter._BLOCKS // 2)
     trials = tried(points, [-1.0, -1.004, -1.004, -1.006])
     # The standard error of a difference is 0.0046 where blocks differ, 0 where they do not.

@@ -52,8 +52,8 @@ class FilterTraining(eqx.Module):
 
     The likelihood has small waves, from the chaos of filter and model: the best run is the one whose neighbours in the
     search did well too, not the luckiest. Of the runs that are within one standard error of it, the one with the most
-    inflation is taken: a little too much costs little, too little loses the truth once in a thousand cycles, which a
-    series of training may not show (the one-standard-error rule of Breiman et al. 1984, section 3.4.3).
+    inflation per radius is taken: a little too much costs little, too little loses the truth once in some thousand
+    cycles, which a series of training may not show (one-standard-error rule: Breiman et al. 1984, section 3.4.3).
 
     Example:
         >>> import pushforward as pf
@@ -282,8 +282,7 @@ class _Trials:
     def best(self, learn: tuple[str, ...]) -> np.ndarray:
         """The safest of the points that are within one standard error of the best; failures are left out.
 
-        Scores are means over neighbours, each weighted by how near it is. The safest has the most inflation, or where
-        that is not learned the smallest radius.
+        Scores are means over neighbours, each weighted by how near it is. The safest has the most inflation per radius.
         """
         points = np.array(self.points)
         shares = self.found[1:, : len(points)].T
@@ -297,8 +296,8 @@ class _Trials:
         behind = means[np.argmax(means.sum(1))] - means
         error = np.std(behind, axis=1, ddof=1) * _BLOCKS**0.5
         near = points[behind.sum(1) <= error]
-        safe = near[:, learn.index("inflation")] if "inflation" in learn else -near[:, 0]
-        return near[int(np.argmax(safe))]
+        signs = [1 if name == "inflation" else -1 for name in learn]
+        return near[int(np.argmax(near @ signs))]
 
 
 def _warn(trials: _Trials) -> None:
