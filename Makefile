@@ -6,6 +6,8 @@ PEERS := .venv-peers
 STAMP := .venv/.installed
 WORKERS ?= 2
 REDUCED := PUSHFORWARD_REDUCED=1
+# For processes side by side: threads of each would only wait for those of the others.
+ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 export PYTHON
@@ -16,8 +18,8 @@ export PYTHON
 help:
 	@echo "make install     create .venv with pushforward and the versions of constraints.txt"
 	@echo "make demo        Lotka-Volterra on real data: table, netCDF and plots under out/"
-	@echo "make test        one case or more of everything (at most 10 minutes on 2 cores)"
-	@echo "make test-broad  further cases, as continuous integration runs them"
+	@echo "make test        the quick tests, most of all (at most 10 minutes on 2 cores)"
+	@echo "make test-broad  those that take longer, as continuous integration runs them too"
 	@echo "make test-full   slow tests, notebooks at full size, figures into docs/benchmarks.md"
 	@echo "make check       ruff, formatting, pyright"
 	@echo "make docs        the documentation site, into site/"
@@ -67,7 +69,8 @@ docs: $(STAMP)
 # because with it notebooks show no figures.
 notebooks: $(STAMP)
 	mkdir -p out/notebooks
-	env -u MPLBACKEND $(REDUCED) $(BIN)/jupyter-nbconvert --to notebook --execute --output-dir out/notebooks notebooks/*.ipynb
+	ls notebooks/*.ipynb | xargs -P $(WORKERS) -n 1 env -u MPLBACKEND $(REDUCED) $(ONE_THREAD) \
+		$(BIN)/jupyter-nbconvert --to notebook --execute --output-dir out/notebooks
 
 notebooks-full: $(STAMP)
 	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace notebooks/*.ipynb

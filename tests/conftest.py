@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +15,20 @@ from pushforward import _runner
 
 MAPS = 25_000
 """Regions of memory above which compiled programs are dropped: each has some, and Linux allows a process 65,530."""
+
+
+def pin() -> None:
+    """Gives each worker of pytest-xdist a core of its own where cores are few.
+
+    XLA makes as many threads as a process may use cores; on cores that are all busy they wait for each other.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if worker and 0 < len(cores) <= count:
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+pin()  # before the first array, which starts the threads
 
 
 @pytest.fixture
