@@ -108,9 +108,8 @@ def scores(row: Row, seeds: int = SEEDS, cycles: int = CYCLES, key: int = KEY) -
             chain = eqx.tree_at(lambda s: s.arrays, space, (y,)).chain()
             found = method.trajectories(chain, jax.random.fold_in(key, 1), 1, "moments")
             mean, sd = found.filtering["x"]
-            ends = jnp.arange(row.length - 1, cycles, row.shift)
-            ends = ends[ends >= BURN_IN] if row.shift > 1 else jnp.arange(cycles)
-            at_end = jnp.mean(jnp.sqrt(jnp.mean((mean - truth)[ends] ** 2, 1))[BURN_IN if row.shift == 1 else 0 :])
+            ends = np.arange(BURN_IN if row.shift == 1 else row.length - 1, cycles, row.shift)
+            at_end = jnp.mean(jnp.sqrt(jnp.mean((mean - truth)[ends[ends >= BURN_IN]] ** 2, 1)))
             work = {k: found.summary[k] for k in ("iterations", "solver_steps", "windows_not_converged")}
             return {"rmse": root_mean_square(mean - truth), "spread": root_mean_square(sd), "end": at_end} | work
 
