@@ -1,5 +1,6 @@
 """`learn`: point estimates of what a state-space model does not know, by likelihood, posterior mode or EM."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,9 @@ def _run(
         expect = _expectation.Moments(states)
     else:
         expect = _expectation.SmoothingDraws(states, method.draws)
-    found = training.rounds(expect, unknowns, start, method.steps, method.inner, method.tolerance, key, runner)
+    # Where log likelihoods are noisy, three small gains in a row are chance.
+    tolerance = method.tolerance if _without_noise(states) else -math.inf
+    found = training.rounds(expect, unknowns, start, method.steps, method.inner, tolerance, key, runner)
     if int(found.steps) == method.steps and int(found.idle) < 3 and _without_noise(states):
         notes.append("the log likelihood was still rising when the rounds were used up. Give the method more steps.")
     return found.good, np.asarray(found.curve)[: int(found.steps)], _broken(found.broken), notes

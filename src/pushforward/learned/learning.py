@@ -88,7 +88,8 @@ class EM(Learner):
         steps: rounds at most.
         inner: steps of L-BFGS in each maximisation.
         draws: smoothed trajectories per round, where the expectation is taken over draws.
-        tolerance: gain of a round, in nats, below which, three times in a row, it ends.
+        tolerance: gain of a round, in nats, below which, three times in a row, it ends; with filters that draw, whose
+            likelihoods are noisy, all rounds are taken.
 
     Example:
         >>> import pushforward as pf
@@ -119,7 +120,8 @@ class Increments(Learner):
     Args:
         steps: rounds of filtering and regression.
         inner: steps of L-BFGS in each regression.
-        tolerance: gain of a round, in nats, below which, three times in a row, it ends.
+        tolerance: gain of a round, in nats, below which, three times in a row, it ends; with filters that draw, whose
+            likelihoods are noisy, all rounds are taken.
 
     Example:
         >>> import pushforward as pf
